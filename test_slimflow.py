@@ -1,0 +1,550 @@
+"""Tests: parity with the authors' programs, closed forms, invariants, and the command line as a user runs it.
+
+Reference numbers were recorded from EDM's networks, SciPy's RK45 and a Frechet distance in float64.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import slimflow as sf
+import toy2d
+
+HERE = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def fill(net):
+    """The recorded networks' weights: each from a generator seeded by the parameter's name."""
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
+            if p.ndim > 1:
+                z /= math.sqrt(np.prod(p.shape[1:]))
+            else:
+                z = 0.1 * z + (1 if "norm" in name and name.endswith("weight") else 0)
+            p.copy_(torch.from_numpy(z))
+    return net.double().eval()
+
+
+SMALL = dict(resolution=16, channels=3, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
+NETWORKS = {
+    "ddpm++": dict(
+        config=SMALL | dict(model_channels=32), seed=11, y=None, params=749891,
+        first=[0.64721, 0.39570938, 0.05434661, 0.13135316, -0.14404724, -0.23872489, 0.41166826, 0.592715],
+        mean=-0.045988777543834146, std=0.5545189148807279, norm=21.807226209150294,
+    ),
+    "adm": dict(
+        config=SMALL | dict(model_channels=64, label_dim=10, kind="adm"), seed=12, y=[0, 1], params=3295939,
+        first=[-0.34044294, 0.320936, -0.31770957, -0.21249442,
+               -0.32999335, -0.12229487, -0.54960043, -0.06119815],
+        mean=-0.008057750943048019, std=0.5344596218012859, norm=20.948834205226202,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_network_computes_what_edm_computes(kind, layout):
+    case = NETWORKS[kind]
+    net = sf.UNet(**case["config"])
+    assert sf.count_parameters(net) == case["params"]
+    net = fill(net).to(memory_format=layout)
+    x = torch.from_numpy(np.random.RandomState(case["seed"]).standard_normal((2, 3, 16, 16)))
+    y = case["y"] and torch.tensor(case["y"])
+    with torch.no_grad():
+        out = net(x, torch.tensor([0.05, 0.95], dtype=torch.float64), y)
+    assert out.norm().item() == pytest.approx(case["norm"], rel=1e-6)
+    assert out.mean().item() == pytest.approx(case["mean"], rel=1e-6)
+    assert out.std(correction=0).item() == pytest.approx(case["std"], rel=1e-6)
+    error = out.flatten()[:8] - torch.tensor(case["first"], dtype=torch.float64)
+    assert error.norm() / out.flatten()[:8].norm() < 1e-6
+
+
+EDM_CIFAR = sf.DDPMPP | dict(resolution=32, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4)
+PAPER = [  # network, image size, parameters, MACs of convolutions and linear layers
+    ("cifar10 27.9M", sf.PRESETS["cifar10"].students["27.9M"], 27906179, 6791954432),
+    ("cifar10 15.7M", sf.PRESETS["cifar10"].students["15.7M"], 15707235, 3821801472),
+    ("cifar10 teacher", sf.PRESETS["cifar10"].teacher, 61804419, 10678632448),
+    ("cifar10 EDM", EDM_CIFAR, 55732739, 21020344320),
+    ("ffhq64 27.9M", sf.PRESETS["ffhq64"].students["27.9M"], 27906179, 26555777024),
+    ("ffhq64 15.7M", sf.PRESETS["ffhq64"].students["15.7M"], 15707235, 14942932992),
+    ("ffhq64 teacher", sf.PRESETS["ffhq64"].teacher, 61804419, 41691578368),
+    ("imagenet64 80.7M", sf.PRESETS["imagenet64"].students["80.7M"], 80685315, 31033708544),
+    ("imagenet64 teacher", sf.PRESETS["imagenet64"].teacher, 295899267, 103441594368),
+]
+
+
+@pytest.mark.parametrize("config, params, macs", [row[1:] for row in PAPER], ids=[row[0] for row in PAPER])
+def test_networks_have_the_published_sizes(config, params, macs):
+    with torch.device("meta"):
+        net = sf.UNet(**config)
+        assert sf.count_parameters(net) == params
+        assert sf.count_macs(net, (3, config["resolution"], config["resolution"])) == pytest.approx(macs, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", sf.PRESETS)
+def test_students_have_the_size_that_names_them(name):
+    for size, config in sf.PRESETS[name].students.items():
+        with torch.device("meta"):
+            millions = sf.count_parameters(sf.UNet(**config)) / 1e6
+        assert f"{millions:.{len(size.split('.')[1]) - 1}f}M" == size
+
+
+@pytest.mark.parametrize("kind", ["ddpm++", "adm"])
+def test_network_starts_at_zero_velocity_and_every_weight_learns(kind):
+    torch.manual_seed(0)
+    net = sf.UNet(**NETWORKS[kind]["config"])
+    x, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([3, 4]) if kind == "adm" else None
+    assert net(x, t, y).abs().max() < 1e-2
+    fill(net)(x.double(), t.double(), y).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_class_changes_the_output_and_none_means_no_class():
+    net = fill(sf.UNet(**NETWORKS["adm"]["config"]))
+    x, t = torch.randn(1, 3, 16, 16).double(), torch.full((1,), 0.5).double()
+    one, other, none = net(x, t, torch.tensor([1])), net(x, t, torch.tensor([2])), net(x, t)
+    assert (one - other).abs().max() > 1e-3 and (one - none).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flow
+
+
+def gaussian_flow(mean, std):
+    """The exact velocity E[x - z | x_t] from N(0, 1) to N(mean, std^2), per element."""
+
+    def flow(x, t, y=None):
+        t = t.reshape(-1, *[1] * (x.ndim - 1))
+        gain = (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2)
+        return mean + gain * (x - t * mean)
+
+    return flow
+
+
+def test_rectified_flow_loss_is_least_at_the_known_velocity():
+    torch.manual_seed(0)
+    z, x, t = torch.randn(200_000, 1), 0.7 + 0.3 * torch.randn(200_000, 1), torch.rand(200_000)
+    exact = gaussian_flow(0.7, 0.3)
+    shift = torch.zeros((), requires_grad=True)
+    scale = torch.zeros((), requires_grad=True)
+
+    def gradient(a, b):
+        loss = sf.rectified_flow_loss(
+            lambda x, t, y: exact(x, t) * (1 + b + scale) + a + shift, z, x, t=t
+        )
+        return torch.stack(torch.autograd.grad(loss, [shift, scale]))
+
+    assert gradient(0, 0).abs().max() < 5e-3
+    assert gradient(0.1, 0)[0] == pytest.approx(0.2, abs=5e-3)  # d/da (a^2)
+    assert gradient(0, 0.1)[1] > 0.02 and gradient(0, -0.1)[1] < -0.02
+    z_next = torch.randn_like(z)
+    pairs = z_next, x, lambda x_t, t, y: x - z_next
+    assert sf.rectified_flow_loss(pairs[2], z_next, x) == 0
+
+
+def test_rectified_flow_loss_draws_time_over_the_whole_path():
+    seen = []
+    sf.rectified_flow_loss(lambda x, t, y: seen.append(t) or x, torch.zeros(20_000, 1), torch.zeros(20_000, 1))
+    assert sf.T0 <= seen[0].min() < 0.01 and 0.99 < seen[0].max() <= 1 and abs(seen[0].mean() - 0.5) < 0.01
+
+
+def test_interpolate_runs_from_noise_to_data():
+    z, x = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    at = sf.interpolate(z, x, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(at[0], z[0]) and torch.equal(at[2], x[2])
+    torch.testing.assert_close(at[1], 0.75 * z[1] + 0.25 * x[1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential"])
+def test_anneal_beta_falls_from_one_to_zero(schedule):
+    b = [sf.anneal_beta(step, 100, schedule) for step in range(101)]
+    assert b[0] == 1 and b[100] == 0 and b[99] < 0.02 and all(p > q for p, q in zip(b, b[1:]))
+    assert sf.anneal_beta(10**6, 100, schedule) == 0 and sf.anneal_beta(0, 0, schedule) == 0
+    middle = {"linear": 0.5, "cosine": 0.5, "exponential": 1 / (1 + math.exp(2.5))}
+    assert b[50] == pytest.approx(middle[schedule])
+    with pytest.raises(ValueError, match="linear"):
+        sf.anneal_beta(1, 100, "square")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.7, 1.0])
+def test_annealed_noise_keeps_unit_variance(beta):
+    torch.manual_seed(0)
+    z = torch.randn(400_000)
+    a = sf.annealed_noise(z, beta)
+    assert a.var().item() == pytest.approx(1, abs=0.01)
+    assert (a * z).mean().item() == pytest.approx(math.sqrt(1 - beta**2), abs=0.01)
+    assert beta > 0 or torch.equal(a, z)
+
+
+@pytest.mark.parametrize("distance", sf.DISTANCES)
+def test_distances_are_per_image_zero_only_at_equality_and_point_home(distance):
+    d = sf.DISTANCES[distance]
+    a, b = torch.randn(5, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 4, 4)
+    assert d(a, b).shape == (5,) and (d(a, b) > 0).all() and d(b, b).abs().max() < 1e-7
+    (gradient,) = torch.autograd.grad(d(a, b).sum(), a)
+    assert (d(a - 1e-2 * gradient / gradient.norm(), b) < d(a, b)).all()
+    assert torch.allclose(gradient / gradient.norm(), (a - b) / (a - b).norm(), atol=0.2)
+
+
+def test_l2_and_huber_values():
+    a, b = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3.0)
+    c = 0.00054 * 2
+    assert sf.l2(a, b).item() == pytest.approx(9)
+    assert sf.huber(a, b).item() == pytest.approx(math.sqrt(36 + c * c) - c)
+
+
+def test_one_and_two_steps_of_a_known_flow():
+    z, t = torch.randn(4, 2), torch.tensor([0.25, 0.5, 0.75, 1.0])
+    assert torch.allclose(sf.one_step(lambda x, t, y: x * t[:, None], z), z * (1 + sf.T0))
+    x = sf.two_step(lambda x, t, y: x + t[:, None], z, t)
+    s = t[:, None]
+    middle = z + s * (z + sf.T0)
+    torch.testing.assert_close(x, middle + (1 - s) * (middle + s))
+
+
+def test_distillation_loss_is_zero_at_the_pairs_and_pulls_towards_them():
+    z, x = torch.randn(64, 2), torch.randn(64, 2)
+    shift = torch.full((), 0.1, requires_grad=True)
+    loss = sf.distillation_loss(lambda z_, t, y: x - z + shift, z, x, sf.l2)
+    assert loss.item() == pytest.approx(0.01, rel=1e-4)
+    assert torch.autograd.grad(loss, shift)[0].item() == pytest.approx(0.2, rel=1e-4)
+    assert sf.distillation_loss(lambda z_, t, y: x - z, z, x, sf.l2) < 1e-12
+
+
+def test_guidance_loss_is_zero_for_a_straight_flow_and_pulls_towards_two_steps():
+    torch.manual_seed(0)
+    z = torch.randn(256, 2)
+    straight = lambda x, t, y: torch.full_like(x, 0.5)  # noqa: E731
+    assert sf.guidance_loss(straight, straight, z, sf.l2) < 1e-12
+    flow = gaussian_flow(0.7, 0.3)
+    t = torch.full((256,), 0.4)
+    target = sf.two_step(flow, z, t)
+    gain = torch.ones((), requires_grad=True)
+    student = lambda x, t, y: (target - z) * gain  # noqa: E731
+    assert sf.guidance_loss(student, flow, z, sf.l2, t=t) < 1e-12
+    (slope,) = torch.autograd.grad(sf.guidance_loss(lambda *a: student(*a) * 1.1, flow, z, sf.l2, t=t), gain)
+    assert slope > 0.01
+
+
+def test_guidance_loss_does_not_train_the_flow_and_draws_its_middle_between_0_2_and_0_8():
+    seen, weight = [], torch.ones((), requires_grad=True)
+
+    def flow(x, t, y):
+        seen.append(t)
+        return x * weight
+
+    loss = sf.guidance_loss(lambda x, t, y: x * 2, flow, torch.randn(5_000, 2), sf.l2)
+    assert not loss.requires_grad
+    assert (seen[0] == sf.T0).all()
+    assert 0.2 <= seen[1].min() < 0.21 and 0.79 < seen[1].max() <= 0.8
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Solvers
+
+X0 = [1.7886284734303186, 0.43650985051198943, 0.09649746807200862, -1.8634927033644908]
+SCIPY = {
+    1e-3: (56, 5, [11.914123019090063, 4.723375460108509, 2.8187610988037326, -12.756153822340876]),
+    1e-5: (134, 14, [11.596953835731584, 4.701321133421295, 2.8165224748354003, -12.87784899997182]),
+}
+
+
+def wavy(x, t, y=None):
+    return torch.sin(3 * x) + 4 * t[:, None] * x
+
+
+@pytest.mark.parametrize("tolerance", SCIPY)
+def test_rk45_takes_scipys_steps(tolerance):
+    x0 = torch.tensor([X0], dtype=torch.float64)
+    nfe, accepted, end = SCIPY[tolerance]
+    x, taken = sf.sample(wavy, x0, "rk45", rtol=tolerance, atol=tolerance)
+    assert taken == nfe
+    assert len(list(sf.rk45(wavy, x0, tolerance, tolerance))) == accepted + 1
+    torch.testing.assert_close(x, torch.tensor([end], dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_solvers_converge_at_their_order(solver, order):
+    """On a smooth field; with Heun's last step Euler's, its local error h^2 keeps the order 2."""
+    field = lambda x, t, y: x * (t[:, None] - 2)  # noqa: E731
+    z = torch.ones(1, 1, dtype=torch.float64)
+    exact = math.exp(sum(s * (t * t / 2 - 2 * t) for t, s in ((1, 1), (sf.T0, -1))))
+    if solver == "euler":  # of the authors, on [T0, 1] with steps of 1/N: exact for the field (1 - T0) dx/dt' = v
+        exact = math.exp(sum(s * (t * t / 2 - 2 * t) for t, s in ((1, 1), (sf.T0, -1))) / (1 - sf.T0))
+    errors = [abs(sf.sample(field, z, solver, steps=n)[0].item() - exact) for n in (16, 32, 64)]
+    for coarse, fine in zip(errors, errors[1:]):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("solver, steps, nfe", [("euler", 7, 7), ("heun", 7, 13), ("heun", 1, 1)])
+def test_solvers_take_the_evaluations_they_promise(solver, steps, nfe):
+    z = torch.randn(2, 3)
+    assert sf.sample(wavy, z, solver, steps=steps)[1] == nfe
+    times = [t for t, _ in sf.SOLVERS[solver](wavy, z, steps)]
+    assert times[0] == sf.T0 and times[-1] == pytest.approx(1) and len(times) == steps + 1
+
+
+def test_one_euler_step_is_one_step():
+    z = torch.randn(5, 2)
+    torch.testing.assert_close(sf.sample(wavy, z, "euler", steps=1)[0], sf.one_step(wavy, z))
+
+
+def test_solvers_hand_the_class_on():
+    z, y = torch.zeros(3, 2), torch.tensor([1, 2, 3])
+    for solver, options in (("euler", {"steps": 3}), ("heun", {"steps": 3}), ("rk45", {})):
+        x, _ = sf.sample(lambda x, t, y: y[:, None].expand(-1, 2).float(), z, solver, y=y, **options)
+        torch.testing.assert_close(x, y[:, None].expand(-1, 2).float(), atol=4e-3, rtol=0)
+
+
+def test_rk45_names_the_time_at_which_a_field_breaks():
+    def broken(x, t, y=None):
+        return x if t[0] < 0.5 else x * math.nan
+
+    with pytest.raises(sf.Fault, match=r"past t = 0\.4"):
+        sf.sample(broken, torch.ones(1, 1), "rk45")
+
+
+def test_straightness_is_zero_for_straight_flows_only():
+    z = torch.randn(100, 2, dtype=torch.float64)
+    end = torch.randn(100, 2, dtype=torch.float64)
+    assert sf.straightness(lambda x, t, y: end, z) < 1e-20
+    bent = sf.straightness(lambda x, t, y: end * 2 * t[:, None], z, steps=200)
+    assert bent == pytest.approx(end.square().mean().item() / 3, rel=0.02)  # integral of (1 - 2 t)^2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_frechet_distance():
+    r = np.random.RandomState(5)
+    a, b = r.randn(500, 16), r.randn(500, 16) @ r.randn(16, 16) / 4 + 0.3
+    a, b = sf.moments(torch.from_numpy(a)), sf.moments(torch.from_numpy(b))
+    assert sf.frechet_distance(*a, *b) == pytest.approx(6.923588813096066, rel=1e-6)
+    assert sf.frechet_distance(*b, *a) == pytest.approx(6.923588813096066, rel=1e-6)
+    assert abs(sf.frechet_distance(*a, *a)) < 1e-9
+    with pytest.raises(sf.Fault, match="at least 17 images"):
+        sf.moments(torch.randn(16, 16))
+
+
+def test_frechet_distance_of_commuting_gaussians():
+    v, w = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([9.0, 4.0, 1.0])
+    d = sf.frechet_distance(torch.zeros(3), torch.diag(v), torch.ones(3), torch.diag(w))
+    assert d == pytest.approx(3 + (1 - 3) ** 2 + 0 + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data, pictures
+
+
+def test_digits_are_the_real_ones():
+    images, labels = sf.load_images(sf.PRESETS["digits"])
+    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8
+    assert labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (HERE / "digits.npz").stat().st_size <= 60_000
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    every = torch.arange(256, dtype=torch.uint8)
+    x = sf.to_float(every)
+    assert x[0] == -1 and x[-1] == 1
+    assert torch.equal(sf.to_uint8(x), every)
+    assert sf.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_flips_keep_pairs_together():
+    torch.manual_seed(0)
+    a = torch.randn(100, 1, 4, 4)
+    b, c = sf.flip_together(a, 2 * a)
+    assert torch.equal(2 * b, c)
+    mirrored = [not torch.equal(x, y) for x, y in zip(a, b)]
+    assert 30 < sum(mirrored) < 70 and torch.equal(b[mirrored.index(True)], a[mirrored.index(True)].flip(-1))
+
+
+def test_grid_keeps_the_order_of_images():
+    x = torch.arange(10).reshape(10, 1, 1, 1).expand(-1, 1, 8, 8) / 127.5 - 1
+    picture = sf.grid(x, columns=4)
+    assert picture.shape == (3 * 68, 4 * 68, 3)
+    assert picture[2, 2, 0] == 0 and picture[70, 70, 0] == 5 and picture[138, 70, 0] == 9
+    assert (picture[138:, 138:] == 255).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def tiny_run(folder, **schedule):
+    """A run of the digits with tiny networks."""
+    tiny = sf.DIGITS | dict(model_channels=8, channel_mult=(1,), attn_resolutions=(), dropout=0.1)
+    plan = sf.Schedule(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
+    preset = replace(sf.PRESETS["digits"], teacher=tiny, students={"tiny": tiny}, student="tiny", pairs=300,
+                     solver=dict(solver="heun", steps=2), train=plan, reflow=plan, distill=plan, anneal=6)  # fmt: skip
+    return sf.Run(replace(preset, **schedule), folder / "digits")
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
+    whole, parts = tiny_run(tmp_path / "whole"), tiny_run(tmp_path / "parts")
+    sf.run_stages(whole, "distill")
+    monkeypatch.setattr(sf, "PAIRS_BATCH", 100)  # three batches of pairs
+    whole_pairs = tiny_run(tmp_path / "whole_pairs")
+    (tmp_path / "whole_pairs/digits").mkdir(parents=True)
+    os.symlink(whole.folder / "train", whole_pairs.folder / "train")
+    sf.pairs(whole_pairs)
+
+    def stop_after(steps):
+        calls = iter(range(steps))
+        work = sf.update
+
+        def update(*args):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return work(*args)
+
+        monkeypatch.setattr(sf, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            sf.run_stages(replace(parts, save_every=0), "distill")
+        monkeypatch.setattr(sf, "update", work)
+
+    stop_after(5)
+    assert sf.load_checkpoint(parts.folder / "train/ckpt.pt")["step"] == 5
+    stop_after(12)
+    monkeypatch.setattr(sf, "PAIRS_BATCH", 500)
+    parts.folder.joinpath("pairs/pairs.npy").unlink()
+    stop_after(8)
+    sf.run_stages(parts, "distill")
+    for stage in ("train", "reflow", "distill"):
+        a, b = (sf.load_checkpoint(run.folder / stage / "ckpt.pt") for run in (whole, parts))
+        assert a["step"] == b["step"] == 12
+        for key in ("model", "ema"):
+            assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+        logs = [(run.folder / stage / "log.csv").read_text().splitlines() for run in (whole, parts)]
+        assert logs[0][-1].startswith("12,") and logs[1][-1].startswith("12,")
+    a, b = sf.open_pairs(whole), sf.open_pairs(parts)
+    assert (a == b).all()
+
+
+def test_interrupted_pairs_go_on_where_they_stopped(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path)
+    monkeypatch.setattr(sf, "PAIRS_BATCH", 100)
+    sf.run_stages(run, "pairs")
+    whole = sf.open_pairs(run).copy()
+    store = sf.open_pairs(run, create=True)
+    store[100:] = 0
+    store.flush()
+    assert not sf.finished(run, "pairs")
+    sf.pairs(run)
+    assert (sf.open_pairs(run) == whole).all() and sf.finished(run, "pairs")
+    x, nfe = sf.sample(sf.load_flow(run.folder / "train/ckpt.pt"), torch.from_numpy(whole["noise"][:100]).float(),
+                       **run.preset.solver)  # fmt: skip
+    assert nfe == whole["nfe"][0] == 3
+    torch.testing.assert_close(x.half(), torch.from_numpy(whole["data"][:100]))
+
+
+def test_exchanged_noise_and_data_are_noticed(tmp_path):
+    run = tiny_run(tmp_path)
+    sf.run_stages(run, "pairs")
+    store = sf.open_pairs(run, create=True)
+    store["noise"] = np.random.RandomState(0).uniform(-1, 1, store["noise"].shape)
+    store.flush()
+    with pytest.raises(sf.Fault, match=r"not N\(0, 1\)"):
+        sf.load_pairs(run)
+
+
+def test_training_reaches_the_known_velocity():
+    class Shift(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x, t, y=None):
+            return self.shift.expand_as(x)
+
+    def loss(flow, step):
+        z = torch.randn(256, 2)
+        return sf.rectified_flow_loss(flow, z, z + torch.tensor([0.5, -1.0]))
+
+    flow = sf.fit(Shift(), loss, sf.Schedule(steps=200, batch=256, lr=0.05, warmup=10, decay=0.5, ema=0.9))
+    torch.testing.assert_close(flow.shift, torch.tensor([0.5, -1.0]), atol=1e-3, rtol=0)
+    assert not flow.training and not flow.shift.requires_grad
+
+
+def test_learning_rate_and_average_follow_the_schedule():
+    plan = sf.Schedule(steps=100, lr=1.0, warmup=10, decay=0.2)
+    rates = [sf.learning_rate(plan, step) for step in (0, 4, 9, 50, 80, 90, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
+    net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).requires_grad_(False)
+    before = ema.weight.clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss, norm = sf.update(net, ema, optimizer, (net.weight * 3).sum() * 100, 0.75)
+    assert norm == pytest.approx(300)
+    torch.testing.assert_close(ema.weight, 0.75 * before + 0.25 * net.weight)
+
+
+def test_nan_stops_the_stage_and_keeps_the_last_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    plan, folder = sf.Schedule(steps=40, batch=1, warmup=0), tmp_path / "run"
+
+    def loss(net, step):
+        return net(torch.ones(1, 1)).square().sum() * (math.nan if step >= 26 else 1.0)
+
+    make = lambda: torch.nn.Linear(1, 1)  # noqa: E731
+    sf.fit(make(), loss, replace(plan, steps=20), stage="train", folder=folder)
+    kept = (folder / "ckpt.pt").read_bytes()
+    with pytest.raises(sf.Fault, match="train: loss or gradient is not finite at step 27"):
+        sf.fit(make(), loss, plan, stage="train", folder=folder)
+    assert (folder / "ckpt.pt").read_bytes() == kept
+    assert (folder / "log.csv").read_text().splitlines()[-1].startswith("20,")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def slimflow(*args, cwd=None, status=0):
+    """Run slimflow.py in a process of its own; its output, or with status 2 its one line of error."""
+    command = [sys.executable, str(HERE / "slimflow.py"), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170)
+    assert done.returncode == status, done.stderr
+    if status == 2:
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("slimflow: "), done.stderr
+        return done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    """The whole pipeline with a few steps a stage, through the command line: (folder, output of the last call)."""
+    folder = tmp_path_factory.mktemp("miniature")
+    slimflow("pairs", "--n", 600, "--solver", "euler", "--steps", 4, cwd=folder, status=2)
+    slimflow("train", "--steps", 12, "--batch", 16, cwd=folder)
+    slimflow("pairs", "--n", 600, "--solver", "euler", "--steps", 4, cwd=folder)
+    slimflow("reflow", "--steps", 10, "--batch", 16, "--anneal", 5, "--anneal-schedule", "cosine", cwd=folder)
+    slimflow("distill", "--steps", 8, "--batch", 16, "--guidance", 0.5, "--distance", "huber", cwd=folder)
+    return folder, slimflow(cwd=folder)
+
+
+def test_miniature_pipeline_leaves_all_its_files(miniature):
+    folder, output = miniature
+    for stage in ("train", "reflow", "distill"):
+        for file in ("ckpt.pt", "log.csv", "loss.png", "samples.png"):
+            assert (folder / "runs/digits" / stage / file).stat().st_size > 0
+    assert (folder / "runs/digits/pairs/samples.png").exists() and (folder / "runs/digits/summary.png").exists()
+    assert not list(folder.rglob("*.tmp"))
+    rows = {line[:16].strip(): line.split() for line in output.splitlines()}
+    assert rows["teacher"][1:4] == ["748,737", "18.6M", "4"] and rows["teacher"][5] == "600"
+    assert rows["student, 1 step"][3:6] == ["188,769", "4.7M", "1"] and rows["student, 1 step"][7] == "5,000"
+    assert rows["real half/half"][2] == "9.28"
