@@ -41,7 +41,6 @@ class Fault(Exception):
 # ------------------------------------------------------------------------------------------------------------
 # 1. Presets: the numbers of the experiments and their source ("authors": their CIFAR-10 configuration)
 
-
 @dataclass(frozen=True)
 class Schedule:
     """How one network is trained: Adam, gradients clipped at norm 1. The defaults are the authors'."""
@@ -52,7 +51,6 @@ class Schedule:
     warmup: int = 5_000  # steps of linear warm-up
     decay: float = 0.0  # last share of the steps, over which lr falls linearly to 0
     ema: float = 0.999999  # largest decay rate of the averaged weights
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -75,7 +73,6 @@ class Preset:
     flip: bool = True  # mirror half of the images; authors
     label_dim: int = 0  # number of classes, 0 if unconditional
 
-
 DIGITS = dict(resolution=8, channels=1, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))  # ours
 DDPMPP = dict(channels=3, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.15)
 ADM = dict(kind="adm", resolution=64, channels=3, label_dim=1000, dropout=0.1)  # EDM's ImageNet-64 setting
@@ -83,7 +80,7 @@ SIZES = {  # the paper's sizes, met exactly; for 3.4M the layout is ours
     "27.9M": DDPMPP | dict(model_channels=128),
     "15.7M": DDPMPP | dict(model_channels=96),
     "7.0M": DDPMPP | dict(model_channels=64),
-    "3.4M": DDPMPP | dict(model_channels=64, channel_mult=(1, 1, 2), num_blocks=1),
+    "3.4M": DDPMPP | dict(model_channels=64, channel_mult=(1, 1, 2), num_blocks=1, attn_resolutions=()),
 }
 RK45 = dict(solver="rk45", rtol=1e-5, atol=1e-5)  # authors, by SciPy
 
@@ -93,12 +90,13 @@ digits = Preset(
     teacher=DIGITS | dict(model_channels=32),
     students={"0.19M": DIGITS | dict(model_channels=16)},
     student="0.19M",
-    train=Schedule(steps=1_500, batch=64, lr=2e-3, warmup=100, decay=0.3, ema=0.998),
+    train=Schedule(steps=1_300, batch=64, lr=2e-3, warmup=100, decay=0.3, ema=0.998),
     reflow=Schedule(steps=1_200, batch=64, lr=2e-3, warmup=100, decay=0.3, ema=0.998),
-    distill=Schedule(steps=1_000, batch=64, lr=1e-3, warmup=0, decay=0.3, ema=0.998),
+    distill=Schedule(steps=800, batch=64, lr=1e-3, warmup=0, decay=0.3, ema=0.998),
     pairs=5_000,
     solver=dict(solver="heun", steps=8),
-    anneal=480,
+    anneal=400,
+    guidance=0.25,
     flip=False,
 )
 cifar10 = Preset(
@@ -142,7 +140,6 @@ PRESETS = {preset.name: preset for preset in (digits, cifar10, ffhq64, imagenet6
 # ------------------------------------------------------------------------------------------------------------
 # 2. Data: images are uint8 on disk and in memory, and become float in [-1, 1] batch by batch
 
-
 def load_images(preset, data_dir=None):
     """All training images, uint8 [N, C, H, W], and their labels, int64 [N] or None."""
     if preset.name != "digits":
@@ -156,16 +153,13 @@ def load_images(preset, data_dir=None):
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise Fault(f"{path} is damaged ({error}); put back the one that comes with slimflow.py") from None
 
-
 def to_float(images):
     """uint8 0..255 to float -1..1."""
     return images.float() / 127.5 - 1
 
-
 def to_uint8(x):
     """Float -1..1 to uint8 0..255, clipped."""
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
 
 def flip_together(*tensors):
     """Mirror each image left-right with probability 1/2, the same way in every tensor [B, C, H, W]."""
@@ -176,16 +170,13 @@ def flip_together(*tensors):
 # ------------------------------------------------------------------------------------------------------------
 # 3. Network: one UNet for both published families, DDPM++ (CIFAR-10, FFHQ) and ADM (ImageNet)
 
-
 def group_norm(channels, kind):
     """GroupNorm as both families set it: at least 4 channels per group, at most 32 groups."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-5 if kind == "adm" else 1e-6)
 
-
 def conv(c_in, c_out, kernel):
     """Convolution that keeps the resolution."""
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
-
 
 class Block(nn.Module):
     """Residual block, after an optional 2x resampling, before an optional self-attention.
@@ -233,7 +224,6 @@ class Block(nn.Module):
         qkv = qkv.reshape(b, self.heads, c // 3 // self.heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2)  # each (B, heads, H W, channels of a head)
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c // 3, height, width)
-
 
 class UNet(nn.Module):
     """Velocity network v(x, t, y): DDPM++ or ADM, with EDM's parameter names, so that its weights load."""
@@ -320,7 +310,7 @@ class UNet(nn.Module):
         if self.label_dim:
             one_hot = emb.new_zeros(len(t), self.label_dim)
             if y is not None:
-                one_hot[torch.arange(len(t)), y] = 1
+                one_hot.scatter_(1, y[:, None], 1.0)
             label = self.map_label(one_hot if adm else one_hot * math.sqrt(self.label_dim))
         if adm:
             return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))) + label)
@@ -344,19 +334,16 @@ class UNet(nn.Module):
 
 T0 = 1e-3  # the ODE starts here instead of at 0, as in the authors' code, so that their checkpoints work
 
-
 def interpolate(noise, data, t):
     """The point x_t = (1 - t) z + t x of the straight path; noise and data [B, ...], t [B]."""
     t = t.reshape(-1, *[1] * (data.ndim - 1))
     return (1 - t) * noise + t * data
-
 
 def rectified_flow_loss(flow, noise, data, y=None, t=None):
     """Mean of |x - z - v(x_t, t)|^2 over all elements, t ~ U(T0, 1) if None; least at v = E[x - z | x_t]."""
     if t is None:
         t = T0 + (1 - T0) * torch.rand(len(noise), device=noise.device)
     return (data - noise - flow(interpolate(noise, data, t), t, y)).square().mean()
-
 
 def anneal_beta(step, horizon, schedule="linear"):
     """b of annealing reflow: 1 at step 0, falling to 0 at step `horizon`, 0 from there on."""
@@ -371,16 +358,13 @@ def anneal_beta(step, horizon, schedule="linear"):
         return (math.exp(-5 * u) - math.exp(-5)) / (1 - math.exp(-5))
     raise ValueError(f"no annealing schedule {schedule!r}: use linear, cosine or exponential")
 
-
 def annealed_noise(noise, beta):
     """z' = sqrt(1 - b^2) z + b e with fresh e ~ N(0, I): N(0, I) for every b, from z (b = 0) to e (b = 1)."""
     return math.sqrt(1 - beta**2) * noise + beta * torch.randn_like(noise)
 
-
 def one_step(flow, noise, y=None):
     """z + v(z, T0): the whole ODE in one Euler step, exact where the flow is straight."""
     return noise + flow(noise, noise.new_full((len(noise),), T0), y)
-
 
 def two_step(flow, noise, t, y=None):
     """Two Euler steps that meet at t [B]: m = z + t v(z, T0), X = m + (1 - t) v(m, t)."""
@@ -388,11 +372,9 @@ def two_step(flow, noise, t, y=None):
     middle = noise + s * flow(noise, torch.full_like(t, T0), y)
     return middle + (1 - s) * flow(middle, t, y)
 
-
 def distillation_loss(student, noise, data, distance, y=None):
     """Mean of D(z + s(z, T0), x) over stored pairs, x being the precise end of the teacher's path from z."""
     return distance(one_step(student, noise, y), data).mean()
-
 
 def guidance_loss(student, flow, noise, distance, t=None, y=None):
     """Mean of D(z + s(z, T0), X(z)), X the frozen flow's two steps, meeting at t ~ U(0.2, 0.8) if None."""
@@ -402,24 +384,20 @@ def guidance_loss(student, flow, noise, distance, t=None, y=None):
         target = two_step(flow, noise, t, y)
     return distance(one_step(student, noise, y), target).mean()
 
-
 def l2(a, b):
     """Mean squared difference of each image: [B]."""
     return (a - b).square().flatten(1).mean(1)
-
 
 def huber(a, b):
     """Pseudo-Huber sqrt(|a - b|^2 + c^2) - c of each image, c = 0.00054 sqrt(number of elements): [B]."""
     c = 0.00054 * math.sqrt(a[0].numel())
     return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
 
-
 DISTANCES = {"l2": l2, "huber": huber}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Solvers: generators that walk dx/dt = v(x, t) from noise at T0 to data at 1 and yield (t, x) on the way
-
 
 @torch.no_grad()
 def euler(flow, noise, steps, y=None):
@@ -430,7 +408,6 @@ def euler(flow, noise, steps, y=None):
         t = T0 + i / steps * (1 - T0)
         x = x + flow(x, x.new_full((len(x),), t), y) / steps
         yield T0 + (i + 1) / steps * (1 - T0), x
-
 
 @torch.no_grad()
 def heun(flow, noise, steps, y=None):
@@ -445,7 +422,6 @@ def heun(flow, noise, steps, y=None):
         x = x + (t_next - t) * v
         yield t_next, x
 
-
 # Dormand and Prince: times of the stages, their weights (the last row is the step itself), the error estimate
 DP_TIMES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 DP_STAGES = (
@@ -457,7 +433,6 @@ DP_STAGES = (
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 DP_ERROR = (-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)
-
 
 @torch.no_grad()
 def rk45(flow, noise, rtol=1e-5, atol=1e-5, y=None):
@@ -492,10 +467,8 @@ def rk45(flow, noise, rtol=1e-5, atol=1e-5, y=None):
         h *= min(most, 0.9 * error**-0.2) if error else most
         yield t, x
 
-
 def _rms(x):
     return x.square().mean().sqrt().item()
-
 
 def _first_step(velocity, x, v, rtol, atol):
     """SciPy's first step: from the sizes of x, x' and, by a trial Euler step, x''."""
@@ -506,9 +479,7 @@ def _first_step(velocity, x, v, rtol, atol):
     h = max(1e-6, trial * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2
     return min(100 * trial, h, 1 - T0)
 
-
 SOLVERS = {"euler": euler, "heun": heun, "rk45": rk45}
-
 
 def sample(flow, noise, solver="rk45", y=None, **options):
     """Run a solver to its end: the images, and how many evaluations of the flow they took."""
@@ -526,12 +497,10 @@ def sample(flow, noise, solver="rk45", y=None, **options):
 # ------------------------------------------------------------------------------------------------------------
 # 6. Teachers and checkpoints: files are read as plain tensors; nothing in them is ever executed
 
-
 def build(config, device="cpu"):
     """A UNet in the memory layout that is fastest for it: channels last, except for tiny images."""
     layout = torch.channels_last if config["resolution"] > 8 else torch.contiguous_format
     return UNet(**config).to(device, memory_format=layout)
-
 
 def load_checkpoint(path):
     """The dict that `fit` saved, on the CPU; Fault if the file is missing, damaged or something else."""
@@ -546,7 +515,6 @@ def load_checkpoint(path):
         raise Fault(f"{path} is damaged or no checkpoint of ours ({reason}); restore or remove it") from error
     return state
 
-
 def load_flow(path, device="cpu"):
     """The averaged (EMA) network of a checkpoint of ours, frozen, in eval mode."""
     state = load_checkpoint(path)
@@ -556,7 +524,6 @@ def load_flow(path, device="cpu"):
     except (TypeError, KeyError, RuntimeError) as error:
         raise Fault(f"{path} holds no UNet of this program ({str(error).splitlines()[0][:60]})") from None
     return net.eval().requires_grad_(False)
-
 
 def save_safely(path, write):
     """Write a file whole or not at all: write(file) to a temporary one, which then replaces the old one."""
@@ -572,11 +539,9 @@ def save_safely(path, write):
 # ------------------------------------------------------------------------------------------------------------
 # 7. Training: one loop for every stage
 
-
 def seed_all(seed, stage, step, rank=0):
     """Seed torch from all four, so that a resumed run draws at each step what an uninterrupted one draws."""
     torch.manual_seed(int(np.random.SeedSequence([seed, *stage.encode(), step, rank]).generate_state(1)[0]))
-
 
 def progress(stage, total, unit, images=1, start=0):
     """A function (done, note): one live line with speed and time left; off a terminal, a line every 10 s."""
@@ -597,13 +562,11 @@ def progress(stage, total, unit, images=1, start=0):
 
     return report
 
-
 def learning_rate(schedule, step):
     """Linear warm-up, then constant, then linear decay to 0 over the last `decay` share of the steps."""
     up = (step + 1) / schedule.warmup if schedule.warmup else 1
     down = (schedule.steps - step) / (schedule.decay * schedule.steps) if schedule.decay else 1
     return schedule.lr * min(1, up, down)
-
 
 def update(net, ema, optimizer, loss, ema_rate):
     """One optimizer step; returns (loss, gradient norm), a tensor [2], without waiting for the device."""
@@ -614,7 +577,6 @@ def update(net, ema, optimizer, loss, ema_rate):
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - ema_rate)
     return torch.stack([loss.detach(), norm])
-
 
 def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, save_every=60, log_every=50):
     """Minimise loss_fn(net, step); return the averaged network, frozen, in eval mode.
@@ -651,7 +613,6 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, 
             saved = time.time()
     return ema
 
-
 def resume(folder, stage, net, ema, optimizer):
     """Load the folder's checkpoint, if there is one, into net, ema and optimizer; return the steps done."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -669,7 +630,6 @@ def resume(folder, stage, net, ema, optimizer):
     (folder / "log.csv").write_text("\n".join(["step,loss,grad_norm", *kept]) + "\n")
     return start
 
-
 def log(rows, done, stage, folder):
     """Check the last steps' (loss, gradient norm) [n, 2], add their mean to log.csv, return the mean loss."""
     bad = (~rows.isfinite().all(dim=1)).nonzero()
@@ -683,7 +643,6 @@ def log(rows, done, stage, folder):
             file.write(f"{done},{loss:.6g},{norm:.6g}\n")
     return loss
 
-
 def draw_loss(folder):
     """loss.png from log.csv."""
     from matplotlib.figure import Figure  # here and below: imported where needed, for a quick start
@@ -695,7 +654,6 @@ def draw_loss(folder):
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"{folder.parent.name}: {folder.name}")
     save_safely(folder / "loss.png", lambda file: figure.savefig(file, dpi=120, format="png"))
 
-
 def grid(images, columns=8):
     """Images [N, C, H, W] in [-1, 1] side by side, small ones enlarged: uint8 [height, width, 3]."""
     x = to_uint8(images.float().cpu()).expand(-1, 3, -1, -1)
@@ -703,7 +661,6 @@ def grid(images, columns=8):
     x = F.pad(x, (0, 0) * 3 + (0, -len(x) % columns), value=255)  # white images complete the last row
     rows = [torch.cat(list(row), dim=2) for row in x.split(columns)]
     return torch.cat(rows, dim=1).permute(1, 2, 0).contiguous().numpy()
-
 
 def save_grid(path, images):
     from matplotlib.image import imsave
@@ -713,7 +670,6 @@ def save_grid(path, images):
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. Stages: train -> pairs -> reflow -> distill, each from the files of the one before
-
 
 @dataclass(frozen=True)
 class Run:
@@ -725,7 +681,6 @@ class Run:
     seed: int = 0
     data_dir: str | None = None
     save_every: float = 60.0  # seconds between checkpoints
-
 
 def fit_stage(run, stage, config, loss_fn, solver, start=None):
     """`fit` by the preset's schedule, from random weights or those of `start`; pictures by the solver."""
@@ -741,12 +696,10 @@ def fit_stage(run, stage, config, loss_fn, solver, start=None):
     schedule, folder = getattr(run.preset, stage), run.folder / stage
     return fit(net, loss_fn, schedule, run.seed, stage, folder, picture, run.save_every)
 
-
 def fixed_noise(run, n=64, seed=1234):
     """The same noise every time, and classes for it (or None)."""
     noise = torch.randn(n, *run.preset.shape, generator=torch.Generator().manual_seed(seed)).to(run.device)
     return noise, torch.arange(n, device=run.device) % run.preset.label_dim if run.preset.label_dim else None
-
 
 def train(run):
     """Stage 1: the teacher, a rectified flow on independent pairs of noise and data."""
@@ -763,9 +716,7 @@ def train(run):
 
     fit_stage(run, "train", preset.teacher, loss, preset.solver)
 
-
 PAIRS_BATCH = 500  # pairs per call of the solver; an interrupted run goes on after the last whole batch
-
 
 def pairs(run):
     """Stage 2: the teacher's ODE from each z to its x, kept in pairs.npy; nfe = 0 marks what is to do."""
@@ -787,7 +738,6 @@ def pairs(run):
         report(start + len(batch), f"{nfe} evaluations each")
     save_grid(run.folder / "pairs" / "samples.png", torch.from_numpy(store["data"][:64].copy()))
 
-
 def open_pairs(run, create=False):
     """pairs.npy as a memory map of records: noise, data (float16 [C, H, W]), y (class or -1), nfe."""
     path, shape = run.folder / "pairs" / "pairs.npy", run.preset.shape
@@ -803,7 +753,6 @@ def open_pairs(run, create=False):
         raise Fault(f"{path} holds {len(store):,} other pairs than asked for; use --fresh or another --out")
     return store
 
-
 def load_pairs(run):
     """Noise and data, float16 [N, C, H, W], and classes, int64 [N] or None, on the device."""
     store = open_pairs(run)
@@ -815,14 +764,12 @@ def load_pairs(run):
     y = torch.from_numpy(store["y"].astype(np.int64)).to(run.device)
     return noise, data, y if run.preset.label_dim else None
 
-
 def draw_pairs(stored, batch, flip):
     """A random batch (noise, data, y) of the stored pairs, noise and data mirrored together."""
     i = torch.randint(len(stored[0]), (batch,), device=stored[0].device)
     noise, data, y = (None if x is None else x[i] for x in stored)
     noise, data = noise.float(), data.float()
     return (*flip_together(noise, data), y) if flip else (noise, data, y)
-
 
 def reflow(run):
     """Stage 3: annealing reflow, from random weights to a small 2-rectified flow."""
@@ -834,7 +781,6 @@ def reflow(run):
         return rectified_flow_loss(student, annealed_noise(noise, beta), data, y)
 
     fit_stage(run, "reflow", preset.students[preset.student], loss, ONE_STEP)
-
 
 def distill(run):
     """Stage 4: flow-guided distillation, from the 2-rectified flow's weights to the one-step generator."""
@@ -853,10 +799,8 @@ def distill(run):
 
     fit_stage(run, "distill", flow.config, loss, ONE_STEP, start=flow)
 
-
 ONE_STEP = dict(solver="euler", steps=1)
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
-
 
 def finished(run, stage):
     """Whether a stage has done all the steps (or pairs) that its own files say it was started for."""
@@ -867,7 +811,6 @@ def finished(run, stage):
         return bool((open_pairs(run)["nfe"] > 0).all())
     state = load_checkpoint(path)
     return state["step"] >= state["schedule"]["steps"]
-
 
 def run_stages(run, last, asked=False):
     """Run the stages up to `last` that are not finished, and `last` again if its numbers were asked for."""
@@ -880,7 +823,6 @@ def run_stages(run, last, asked=False):
     for name in todo:
         STAGES[name](run)
 
-
 def set_aside(run, first):
     """Rename the folders of a stage and of those made from it to <stage>.old."""
     for name in list(STAGES)[list(STAGES).index(first) :]:
@@ -891,7 +833,6 @@ def set_aside(run, first):
 
 # ------------------------------------------------------------------------------------------------------------
 # 9. Metrics: Frechet distance, straightness, sizes, speed
-
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two Gaussians, means [d], covariances [d, d].
@@ -904,7 +845,6 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     root_trace = torch.linalg.eigvalsh(s @ cov2 @ s).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root_trace).item()
 
-
 def moments(features):
     """Mean [d] and covariance [d, d] of features [N, d], in float64."""
     n, d = features.shape
@@ -912,18 +852,15 @@ def moments(features):
         raise Fault(f"a Frechet distance in {d} features needs at least {d + 1} images, not {n}")
     return features.double().mean(dim=0), features.double().T.cov()
 
-
 def straightness(flow, noise, steps=20, y=None):
     """Mean of |x_1 - x_0 - v(x_t, t)|^2 over elements and Euler's path: 0 if all paths are straight lines."""
     path = [x for _, x in euler(flow, noise, steps, y)]
     velocities = [(after - before) * steps for before, after in zip(path, path[1:])]
     return statistics.mean((path[-1] - path[0] - v).square().mean().item() for v in velocities)
 
-
 def count_parameters(net):
     """Number of trainable weights."""
     return sum(p.numel() for p in net.parameters())
-
 
 @torch.no_grad()
 def count_macs(net, shape):
@@ -942,7 +879,6 @@ def count_macs(net, shape):
         handle.remove()
     return macs
 
-
 def digit_features(run, images, labels):
     """A function [N, 1, 8, 8] -> [N, 64]: a digit classifier's features, trained once with a fixed seed."""
     seed_all(0, "classifier", 0, rank=1)
@@ -959,20 +895,17 @@ def digit_features(run, images, labels):
     schedule = Schedule(steps=600, lr=1e-3, warmup=0, decay=0.3, ema=0.99)
     return torch.no_grad()(fit(net, loss, schedule, 0, "classifier", run.folder / "classifier")[:6])
 
-
 def generate(flow, noise, solver, y=None, batch=500):
     """Images for any number of noises, `batch` at a time."""
     classes = y.split(batch) if y is not None else [None] * len(noise)
     return torch.cat([sample(flow, z, y=c, **solver)[0] for z, c in zip(noise.split(batch), classes)])
 
-
 ROWS = (  # of the table and of summary.png: name, stage whose network it is, solver
-    ("teacher", "train", None),  # the solver that wrote the pairs
+    ("teacher, precise", "train", None),  # the solver that wrote the pairs
     ("teacher, 1 step", "train", ONE_STEP),
     ("2-flow, 1 step", "reflow", ONE_STEP),
     ("student, 1 step", "distill", ONE_STEP),
 )
-
 
 def evaluate(run, count=5_000):
     """Print the table of the finished stages, and draw summary.png: the same noise through each of them."""
@@ -988,21 +921,22 @@ def evaluate(run, count=5_000):
     strips = []
     for name, stage, solver in rows:
         flow = load_flow(run.folder / stage / "ckpt.pt", run.device)
-        stored = solver is None and finished(run, "pairs")
-        solver = solver or preset.solver
-        x = load_pairs(run)[1][:count].float() if stored else generate(flow, noise, solver, y)
+        strip, nfe = sample(flow, noise[:12], **(solver or preset.solver))
+        if solver is None and finished(run, "pairs"):  # what is stored need not be sampled again
+            x, nfe = load_pairs(run)[1][:count].float(), int(open_pairs(run)["nfe"][0])
+        else:
+            x = generate(flow, noise, solver or preset.solver, y)
         distance = frechet_distance(*moments(features(x)), *moments(real))
         sizes = f"{count_parameters(flow):,}", f"{count_macs(flow, preset.shape) / 1e6:.1f}M"
-        (strip, nfe), seconds = timed(partial(sample, flow, noise[:500], **solver), run.device)
         bend = f"{straightness(flow, noise[:500]):.4f}"
-        table.append((name, *sizes, nfe, f"{distance:.2f}", f"{len(x):,}", bend, f"{seconds / 0.5:.3f}"))
-        strips.append((f"{name}\n{nfe} evaluations\nFrechet {distance:.3g}", grid(strip[:12], 12)))
+        ms = nfe * seconds_per(partial(one_step, flow, noise[:500]), run.device) / 500 * 1e3
+        table.append((name, *sizes, nfe, f"{distance:.2f}", f"{len(x):,}", bend, f"{ms:.3f}"))
+        strips.append((f"{name}\nFrechet distance {distance:,.0f}", grid(strip, 12)))
     half = len(real) // 2
     table.append(("real half/half", "", "", "", f"{halves_distance(real):.2f}", f"{half:,}", "", ""))
     print_table(table)
     draw_summary(run.folder / "summary.png", strips)
     print(f"picture: {run.folder / 'summary.png'}")
-
 
 def halves_distance(features, splits=10):
     """Mean Frechet distance between random halves of the real images, the scale of the table."""
@@ -1013,13 +947,11 @@ def halves_distance(features, splits=10):
         distances.append(frechet_distance(*moments(features[one]), *moments(features[other])))
     return statistics.mean(distances)
 
-
 def print_table(rows):
     """Rows of cells in aligned columns, the first to the left, the others to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
     for first, *rest in rows:
         print(f"{first:<{widths[0]}}", *(f"{x:>{width}}" for x, width in zip(rest, widths[1:])), sep="  ")
-
 
 def draw_summary(path, strips):
     """One strip of images for each (text, uint8 picture)."""
@@ -1033,7 +965,6 @@ def draw_summary(path, strips):
         axes.spines[:].set_visible(False)
     save_safely(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
-
 def timed(work, device):
     """What work() returns, and the seconds until the device has done it."""
     began = time.perf_counter()
@@ -1042,11 +973,9 @@ def timed(work, device):
         torch.cuda.synchronize()
     return result, time.perf_counter() - began
 
-
 def seconds_per(work, device, repeats=5):
     """Median seconds of a call, after one to warm up."""
     return statistics.median([timed(work, device)[1] for _ in range(repeats + 1)][1:])
-
 
 def bench(run, batch):
     """Training speed of the student on random images, as a share of this machine's matmul rate."""
@@ -1076,13 +1005,11 @@ def bench(run, batch):
 # ------------------------------------------------------------------------------------------------------------
 # 10. Command line
 
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message):
         raise Fault(f"{message}; see `{self.prog} --help`")
-
 
 def number(kind, least):
     """An argparse type: a finite int or float of at least `least`."""
@@ -1098,7 +1025,6 @@ def number(kind, least):
         return value
 
     return parse
-
 
 COMMANDS = {
     "all": "the whole pipeline, ending in a table and summary.png; what runs if no command is given",
@@ -1116,7 +1042,7 @@ FLAGS = (  # flag, commands that take it, arguments of add_argument; those witho
     ("--dataset", RUNS + " eval bench", dict(choices=PRESETS, default="digits", help="default: digits")),
     ("--out", RUNS + " eval", dict(default="runs", help="folder for <dataset>/<stage>/; default: runs")),
     ("--data-dir", RUNS + " eval", dict(help="folder of the images; default: that of slimflow.py")),
-    ("--device", RUNS + " eval sample bench", dict(help="default: cuda if there is one, else cpu")),
+    ("--device", RUNS + " eval sample bench", dict(choices=("cpu", "cuda"), help="default: cuda if there")),
     ("--seed", RUNS + " sample", dict(type=whole, default=0, help="default: 0")),
     ("--save-every", RUNS, dict(type=real, default=60.0, help="seconds between checkpoints; default: 60")),
     ("--fresh", RUNS, dict(action="store_true", help="start over; old folders are kept as <stage>.old")),
@@ -1136,7 +1062,6 @@ FLAGS = (  # flag, commands that take it, arguments of add_argument; those witho
     ("--npz", "sample", dict(help="also write the images, as arr_0: uint8 [N, H, W, C]")),
 )
 
-
 def parse(argv):
     """The command line as a namespace; without a command it is `all`."""
     parser = Parser(prog="slimflow.py", description=__doc__.split("\n")[0])
@@ -1150,8 +1075,9 @@ def parse(argv):
         argv = ["all", *argv]
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Fault("--device cuda: torch sees no GPU; use --device cpu, or install torch's CUDA build")
     return args
-
 
 def changed(preset, args):
     """The preset with the changes that the command line asks for, and whether there are any."""
@@ -1167,7 +1093,6 @@ def changed(preset, args):
         changes |= {"solver": solver_options(args)} if args.solver or args.steps else {}
     return replace(preset, **changes), bool(changes)
 
-
 def solver_options(args):
     """--solver and --steps as keyword arguments of `sample`."""
     if args.solver in ("euler", "heun") and args.steps:
@@ -1175,7 +1100,6 @@ def solver_options(args):
     if args.solver == "rk45" and not args.steps:
         return RK45
     raise Fault("--solver euler and --solver heun need --steps, rk45 takes none")
-
 
 def sample_command(args):
     """Images from a checkpoint, as a picture of up to 64 and, with --npz, as an array of all."""
@@ -1192,7 +1116,6 @@ def sample_command(args):
     if args.npz:
         array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
         save_safely(Path(args.npz), lambda file: np.savez(file, arr_0=array))
-
 
 def command(args):
     """Run one command."""
@@ -1213,7 +1136,6 @@ def command(args):
     if args.command == "all":
         evaluate(run)
 
-
 def main(argv=None):
     """Run the command line and return the exit status: a Fault is one line on stderr and status 2."""
     try:
@@ -1228,7 +1150,6 @@ def main(argv=None):
         message, status = "interrupted; the same command continues", 130
     print(f"slimflow: {message}", file=sys.stderr)
     return status
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,9 +2,8 @@
 
 python toy2d.py [--target 8gaussians|moons|spiral|checkerboard]
 
-Draws toy2d.png (random pairs, then each stage's paths, side by side) and toy2d.gif (the same particles, moving),
-and prints how straight the paths are and how far the samples are from the target. Losses and solvers are
-slimflow's.
+Draws toy2d.png (random pairs, then each stage's paths, side by side) and toy2d.gif (the same, moving), and
+prints how straight the paths are and how far the samples are from the target. Losses and solvers: slimflow's.
 """
 
 import argparse
@@ -38,35 +37,33 @@ DISTILL = Schedule(steps=1_500, batch=BATCH, lr=1e-3, warmup=50, decay=0.5, ema=
 # ------------------------------------------------------------------------------------------------------------
 # Targets: n points [n, 2]
 
-
 def eight_gaussians(n):
+    """Eight blobs on a circle."""
     angle = torch.randint(8, (n,)) * (math.pi / 4)
     return 3 * torch.stack([angle.cos(), angle.sin()], dim=1) + 0.2 * torch.randn(n, 2)
 
-
 def moons(n):
+    """Two interlocking half circles."""
     angle, upper = math.pi * torch.rand(n), (torch.rand(n) < 0.5).float() * 2 - 1
     x = torch.stack([angle.cos() - upper * 0.5, upper * (angle.sin() - 0.25)], dim=1)
     return 2 * x + 0.1 * torch.randn(n, 2)
 
-
 def spiral(n):
+    """One and a half turns, of even density."""
     angle = 3 * math.pi * torch.rand(n).sqrt()
     return 0.35 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1) + 0.1 * torch.randn(n, 2)
 
-
 def checkerboard(n):
+    """The black squares of a 4x4 board."""
     column, row = torch.randint(4, (n,)), 2 * torch.randint(2, (n,))
     corner = torch.stack([column, row + column % 2], dim=1)
     return 1.5 * (corner + torch.rand(n, 2) - 2)
-
 
 TARGETS = {"8gaussians": eight_gaussians, "moons": moons, "spiral": spiral, "checkerboard": checkerboard}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The flow and the four stages
-
 
 class MLP(nn.Module):
     """Velocity v(x, t) in the plane: x [B, 2], t [B] -> [B, 2]."""
@@ -81,9 +78,8 @@ class MLP(nn.Module):
         angle = t[:, None] * math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])  # (B, 4)
         return self.net(torch.cat([x, angle.sin(), angle.cos()], dim=1))
 
-
 def train_all(draw, seed):
-    """The teacher, the small 2-rectified flow, the student distilled from it: [(name, flow)]."""
+    """The teacher, the small 2-rectified flow by annealing reflow, and the student distilled from it."""
     torch.manual_seed(seed)
     distance = DISTANCES["l2"]
 
@@ -113,7 +109,6 @@ def train_all(draw, seed):
     student = fit(student, distill_loss, DISTILL, seed, "student")
     return teacher, small, student
 
-
 @torch.no_grad()
 def sliced_wasserstein(a, b, directions=200):
     """Mean over directions of the 1-Wasserstein distance of the projections of two point sets [n, 2]."""
@@ -124,7 +119,6 @@ def sliced_wasserstein(a, b, directions=200):
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
-
 
 def axes_row(target, titles):
     """A figure with one square panel for each title, the target in grey behind it."""
@@ -137,7 +131,6 @@ def axes_row(target, titles):
         axes.set(title=title, aspect="equal", xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[])
     return figure, panels
 
-
 def draw_paths(path, stages, target):
     """The paths of 100 particles in each stage: (title, states [k, n, 2])."""
     figure, panels = axes_row(target, [title for title, _ in stages])
@@ -147,7 +140,6 @@ def draw_paths(path, stages, target):
         axes.scatter(*states[-1, :100].T, s=8, color="black", zorder=3, label="data, t = 1")
     panels[0].legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=110)
-
 
 def draw_particles(path, stages, target, frames=40):
     """The particles of each stage, moving from t = 0 to t = 1."""
@@ -168,7 +160,6 @@ def draw_particles(path, stages, target, frames=40):
 
     FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=15), dpi=60)
 
-
 def main():
     """Train, measure, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -181,7 +172,8 @@ def main():
     noise, target = torch.randn(10_000, 2), TARGETS[args.target](10_000)
     stages = [("random pairs: the lines cross", torch.stack([noise, target]))]
     rows = [("stage", "weights", "straightness", "NFE", "distance", "1-step distance")]
-    for name, flow, steps in (("1-flow (teacher)", teacher, 100), ("2-flow", small, 100), ("student", student, 1)):
+    flows = ("1-flow (teacher)", teacher, 100), ("2-flow", small, 100), ("student", student, 1)
+    for name, flow, steps in flows:
         states = torch.stack([x for _, x in euler(flow, noise, steps)])
         one = sample(flow, noise, "euler", steps=1)[0]
         w, w1 = sliced_wasserstein(states[-1], target), sliced_wasserstein(one, target)
