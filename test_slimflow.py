@@ -622,6 +622,17 @@ def test_finished_stage_says_so_and_more_steps_continue_it(miniature):
     assert sf.load_checkpoint(folder / "more/digits/train/ckpt.pt")["step"] == 14
 
 
+def test_a_run_is_not_continued_with_other_settings(miniature, one_line):
+    folder, _ = miniature
+    before = (folder / "runs/digits/distill/ckpt.pt").read_bytes()
+    same = "--batch", 16, "--steps", 20, "--out", folder / "runs"
+    line = one_line("distill", *same, "--guidance", 0, "--distance", "huber")
+    assert "made with another guidance; use --fresh" in line
+    assert "made with another seed;" in one_line("train", *same, "--seed", 1)
+    assert "made with another anneal," in one_line("reflow", *same)
+    assert (folder / "runs/digits/distill/ckpt.pt").read_bytes() == before
+
+
 def test_fresh_sets_the_stage_and_what_was_made_from_it_aside(miniature):
     folder, _ = miniature
     shutil.copytree(folder / "runs", folder / "again")
@@ -690,12 +701,13 @@ def test_bad_checkpoints_get_one_line_and_stay_as_they_are(miniature, tmp_path, 
     hostile = path.with_name("hostile.pt")
     torch.save(EvalWhenLoaded(), hostile)
     other = path.with_name("other.pt")
-    torch.save(state | dict(network=state["network"] | dict(model_channels=16)), other)
+    narrow = state["settings"]["network"] | dict(model_channels=16)
+    torch.save(state | dict(settings=state["settings"] | dict(network=narrow)), other)
     damaged = good[: len(good) // 2], b"", hostile.read_bytes()
     for data in (*damaged, other.read_bytes()):
         words = "is damaged" if data in damaged else "another network"
         path.write_bytes(data)
-        assert words in one_line("train", "--steps", 20, "--out", tmp_path / "runs")
+        assert words in one_line("train", "--steps", 20, "--batch", 16, "--out", tmp_path / "runs")
         assert path.read_bytes() == data
         one_line("sample", "--ckpt", path, "--png", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists() and not (HERE / "pwned").exists()
