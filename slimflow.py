@@ -18,13 +18,13 @@ Sections: 1 presets, 2 data, 3 network, 4 flow, 5 solvers, 6 teachers, 7 trainin
 
 import argparse
 import copy
+import itertools
 import math
 import os
 import shutil
 import statistics
 import sys
 import time
-import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -154,8 +154,8 @@ def load_images(preset, data_dir=None):
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"].astype(np.int64))
     except FileNotFoundError:
         raise Fault(f"{path} is missing; it comes with slimflow.py, --data-dir says where it is") from None
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise Fault(f"{path} is damaged ({error}); put back the one that comes with slimflow.py") from None
+    except Exception as error:  # a damaged file can fail anywhere inside np.load
+        raise Fault(f"{path} is damaged; put back the one that comes with slimflow.py") from error
 
 def to_float(images):
     """uint8 0..255 to float -1..1."""
@@ -282,8 +282,8 @@ class UNet(nn.Module):
         if adm:
             self.out_norm, self.out_conv = group_norm(c, kind), conv(c, channels, 3)
         else:
-            self.dec[f"{name}_aux_norm"] = group_norm(c, kind)
-            self.dec[f"{name}_aux_conv"] = conv(c, channels, 3)
+            self.dec[f"{resolution}x{resolution}_aux_norm"] = group_norm(c, kind)
+            self.dec[f"{resolution}x{resolution}_aux_conv"] = conv(c, channels, 3)
         self._initialise()
 
     @torch.no_grad()
@@ -453,6 +453,8 @@ def rk45(flow, noise, rtol=1e-5, atol=1e-5, y=None):
 
     t, x, v = T0, noise, velocity(noise, T0)
     yield t, x
+    if not v.isfinite().all():
+        raise Fault(f"the ODE cannot be solved past t = {t:.6f}: the velocity is not finite there")
     h = _first_step(velocity, x, v, rtol, atol)
     while t < 1:
         most = 10.0  # a step grows at most tenfold, and not at all after a rejection
@@ -464,7 +466,7 @@ def rk45(flow, noise, rtol=1e-5, atol=1e-5, y=None):
             error = _rms(h * combine(DP_ERROR, k) / (atol + rtol * torch.maximum(x.abs(), x_new.abs())))
             if error < 1:
                 break
-            if h < 1e-13:
+            if not h > 1e-13:
                 raise Fault(f"the ODE cannot be solved past t = {t:.6f}: the velocity is not finite there")
             h, most = h * max(0.2, 0.9 * error**-0.2), 1.0
         t, x, v = 1.0 if h == 1 - t else t + h, x_new, k[-1]
@@ -514,9 +516,10 @@ def load_checkpoint(path):
             raise ValueError("entries are missing")
     except FileNotFoundError:
         raise Fault(f"{path} does not exist; make it first, or name the right --ckpt or --out") from None
+    except OSError:  # a folder, or no permission: the system's own words say it best
+        raise
     except Exception as error:  # a damaged file can fail anywhere inside torch.load
-        reason = str(error).split("\n")[0][:60]
-        raise Fault(f"{path} is damaged or no checkpoint of ours ({reason}); restore or remove it") from error
+        raise Fault(f"{path} is damaged or no ckpt.pt of this program; name one or use --fresh") from error
     return state
 
 def load_flow(path, device="cpu"):
@@ -562,7 +565,8 @@ def progress(stage, total, unit, images=1, start=0):
         shown, pace = now, (now - began) / (done - start)  # seconds per unit
         left = f"took {clock(now - began)}" if last else f"{clock((total - done) * pace)} left"
         line = f"{stage:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {left}"
-        print(f"\r{line:<100}" if live else line, end="\n" if last or not live else "", flush=True)
+        width, end = shutil.get_terminal_size().columns - 1, "\n" if last or not live else ""
+        print(f"\r{line[:width]:<{width}}" if live else line, end=end, flush=True)
 
     return report
 
@@ -596,6 +600,9 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, 
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr, fused=True)
     start = resume(folder, settings, net, ema, optimizer) if folder else 0
+    if start:
+        goes_on = "is complete, see" if start >= schedule.steps else "continues from"
+        print(f"{stage:<10} {start:,}/{schedule.steps:,} steps  {goes_on} {folder}")
     net.train()
     report = progress(stage, schedule.steps, "steps", schedule.batch, start)
     recent, saved = [], time.time()
@@ -634,7 +641,8 @@ def resume(folder, settings, net, ema, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     rows = (folder / "log.csv").read_text().splitlines()[1:] if (folder / "log.csv").exists() else []
-    kept = [row for row in rows if int(row.split(",")[0]) <= start]  # later steps come again
+    whole = [row for row in rows if row.count(",") == 2 and row.split(",")[0].isdigit()]
+    kept = [row for row in whole if int(row.split(",")[0]) <= start]  # later steps come again
     (folder / "log.csv").write_text("\n".join(["step,loss,grad_norm", *kept]) + "\n")
     return start
 
@@ -756,8 +764,8 @@ def open_pairs(run, create=False):
         return np.lib.format.open_memmap(path, "w+", kind, (run.preset.pairs,))
     try:
         store = np.load(path, mmap_mode="r+" if create else "r", allow_pickle=False)
-    except ValueError as error:
-        raise Fault(f"{path} is damaged ({error}); `pairs --fresh` makes it anew") from None
+    except (ValueError, EOFError):
+        raise Fault(f"{path} is damaged; `pairs --fresh` makes it anew") from None
     if store.dtype != kind or (create and len(store) != run.preset.pairs):
         raise Fault(f"{path} holds {len(store):,} other pairs than asked for; use --fresh or another --out")
     return store
@@ -813,34 +821,38 @@ def distill(run):
 ONE_STEP = dict(solver="euler", steps=1)
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
 
-def finished(run, stage, asked=False):
-    """Whether a stage is complete: by its own record or, if its numbers were asked for, by the preset."""
+def finished(run, stage):
+    """Whether a stage has done all the steps (or pairs) that its own files say it was started for."""
     path = run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
     if not path.exists():
         return False
     if stage == "pairs":
-        store = open_pairs(run)
-        return bool((store["nfe"] > 0).all()) and (len(store) == run.preset.pairs or not asked)
+        return bool((open_pairs(run)["nfe"] > 0).all())
     state = load_checkpoint(path)
-    return state["step"] >= (getattr(run.preset, stage).steps if asked else state["steps"])
+    return state["step"] >= state["steps"]
 
 def run_stages(run, last, asked=False):
-    """Run the stages up to `last` that are not finished."""
-    names = list(STAGES)[: list(STAGES).index(last) + 1]
-    todo = [name for name in names if not finished(run, name, asked and name == last)]
+    """Run the stages up to `last` that are not finished; `last` in any case if its numbers were asked for."""
+    at = list(STAGES).index(last) + 1
+    todo = [name for name in list(STAGES)[:at] if not finished(run, name) or (asked and name == last)]
     if todo:
         print(f"plan: {' -> '.join(todo)}, into {run.folder}, on {run.device}")
     else:
         print(f"{last} is finished, see {run.folder / last}; --fresh starts it over")
     for name in todo:
         STAGES[name](run)
+    later = [name for name in list(STAGES)[at:] if (run.folder / name).exists()]
+    if todo and later:
+        print(f"note: {', '.join(later)} in {run.folder} were made before this; --fresh makes them anew")
 
 def set_aside(run, first):
-    """Rename the folders of a stage and of those made from it to <stage>.old."""
+    """Rename the folders of a stage and of those made from it to the next free <stage>.old1, .old2, ..."""
     for name in list(STAGES)[list(STAGES).index(first) :]:
         if (run.folder / name).exists():
-            shutil.rmtree(run.folder / f"{name}.old", ignore_errors=True)
-            os.replace(run.folder / name, run.folder / f"{name}.old")
+            names = (run.folder / f"{name}.old{number}" for number in itertools.count(1))
+            old = next(path for path in names if not path.exists())
+            os.replace(run.folder / name, old)
+            print(f"{run.folder / name} is now {old}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -938,7 +950,8 @@ def evaluate(run, count=5_000):
             x, nfe = load_pairs(run)[1][:count].float(), int(open_pairs(run)["nfe"][0])
         else:
             x = generate(flow, noise, solver or preset.solver, y)
-        distance = frechet_distance(*moments(features(x)), *moments(real))
+        seen = features(to_float(to_uint8(x)))  # as the real ones: clipped, in 256 levels
+        distance = frechet_distance(*moments(seen), *moments(real))
         sizes = f"{count_parameters(flow):,}", f"{count_macs(flow, preset.shape) / 1e6:.1f}M"
         bend = f"{straightness(flow, noise[:500]):.4f}"
         ms = nfe * seconds_per(partial(one_step, flow, noise[:500]), run.device) / 500 * 1e3
@@ -996,6 +1009,7 @@ def bench(run, batch):
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     data = torch.randn(batch, *preset.shape, device=device)
     y = torch.randint(preset.label_dim, (batch,), device=device) if preset.label_dim else None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # one precision for both rates
     n = 8192 if device == "cuda" else 2048
     a = torch.randn(n, n, device=device)
 
@@ -1020,7 +1034,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message):
-        raise Fault(f"{message}; see `{self.prog} --help`")
+        raise Fault(f"{message}; see `slimflow.py COMMAND --help`")
 
 def number(kind, least):
     """An argparse type: a finite int or float of at least `least`."""
@@ -1054,19 +1068,19 @@ FLAGS = (  # flag, commands that take it, arguments of add_argument; those witho
     ("--out", RUNS + " eval", dict(default="runs", help="folder for <dataset>/<stage>/; default: runs")),
     ("--data-dir", RUNS + " eval", dict(help="folder of the images; default: that of slimflow.py")),
     ("--device", RUNS + " eval sample bench", dict(choices=("cpu", "cuda"), help="default: cuda if there")),
-    ("--seed", RUNS + " sample", dict(type=WHOLE, default=0, help="default: 0")),
+    ("--seed", RUNS + " sample", dict(type=WHOLE, help="default: 0")),
     ("--save-every", RUNS, dict(type=REAL, default=60.0, help="seconds between checkpoints; default: 60")),
-    ("--fresh", RUNS, dict(action="store_true", help="start over; old folders are kept as <stage>.old")),
-    ("--student", "all reflow distill bench", dict(help="size of the student, such as 15.7M")),
+    ("--fresh", RUNS, dict(action="store_true", help="start over; the old folder becomes <stage>.old1")),
+    ("--student", "all reflow distill bench", dict(help="digits: 0.19M; cifar10: 15.7M, ...")),
     ("--steps", "train reflow distill", dict(type=COUNT, help="optimizer steps")),
     ("--lr", "train reflow distill", dict(type=REAL, help="Adam's learning rate")),
     ("--batch", "train reflow distill bench", dict(type=COUNT, help="images per step")),
-    ("--anneal", "reflow", dict(type=WHOLE, help="steps until b is 0; 0 is plain reflow")),
-    ("--anneal-schedule", "reflow", dict(choices=("linear", "cosine", "exponential"), help="how b falls")),
+    ("--anneal", "reflow", dict(type=WHOLE, help="steps until b = 0; 0: plain reflow")),
+    ("--anneal-schedule", "reflow", dict(choices=("linear", "cosine", "exponential"), help="how fast")),
     ("--guidance", "distill", dict(type=REAL, help="weight of the guidance; 0 is naive distillation")),
     ("--distance", "distill", dict(choices=DISTANCES, help="D of the losses")),
     ("--ckpt", "sample", dict(required=True, help="a ckpt.pt")),
-    ("--n", "pairs sample", dict(type=COUNT, help="how many; sample makes 64 by default")),
+    ("--n", "pairs sample", dict(type=COUNT, help="how many; sample: 64")),
     ("--solver", "pairs sample", dict(choices=SOLVERS, help="sample: 1 step if distilled, else rk45")),
     ("--steps", "pairs sample", dict(type=COUNT, help="steps of euler and heun")),
     ("--png", "sample", dict(default="samples.png", help="picture to write; default: samples.png")),
@@ -1075,10 +1089,12 @@ FLAGS = (  # flag, commands that take it, arguments of add_argument; those witho
 
 def parse(argv):
     """The command line as a namespace; without a command it is `all`."""
-    parser = Parser(prog="slimflow.py", description=__doc__.split("\n")[0])
+    epilog = "`slimflow.py COMMAND --help` lists the flags of a command."
+    parser = Parser(prog="slimflow.py", description=__doc__.split("\n")[0], epilog=epilog)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, text in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text, epilog="Other defaults are in PRESETS.")
+        rest = "Flags without a default change the data set's preset, PRESETS in slimflow.py."
+        sub = commands.add_parser(name, help=text, description=text, epilog=rest)
         for flag, takers, options in FLAGS:
             if name in takers.split():
                 sub.add_argument(flag, **options)
@@ -1095,7 +1111,7 @@ def changed(preset, args):
     given = {name: value for name, value in vars(args).items() if value is not None}
     if given.get("student", preset.student) not in preset.students:
         raise Fault(f"{preset.name} has no student {args.student}; choose from {', '.join(preset.students)}")
-    changes = {name: given[name] for name in given if name in asdict(preset) and name != "pairs"}
+    changes = {name: given[name] for name in given if name in asdict(preset)}
     if args.command in ("train", "reflow", "distill"):
         schedule = {name: given[name] for name in ("steps", "lr", "batch") if name in given}
         changes |= {args.command: replace(getattr(preset, args.command), **schedule)} if schedule else {}
@@ -1117,7 +1133,7 @@ def sample_command(args):
     flow, n = load_flow(args.ckpt, args.device), args.n or 64
     default = ONE_STEP if load_checkpoint(args.ckpt)["settings"]["stage"] == "distill" else RK45
     solver = solver_options(args) if args.solver or args.steps else default
-    torch.manual_seed(args.seed)
+    seed_all(args.seed or 0, "sample", 0)
     size, classes = flow.config["resolution"], flow.label_dim
     noise = torch.randn(n, flow.config["channels"], size, size).to(args.device)
     y = torch.randint(classes, (n,)).to(args.device) if classes else None
@@ -1140,11 +1156,11 @@ def command(args):
     run = Run(preset, Path(args.out) / preset.name, args.device, data_dir=args.data_dir)
     if args.command == "eval":
         return evaluate(run)
-    run = replace(run, seed=args.seed, save_every=args.save_every)
+    run = replace(run, seed=args.seed or 0, save_every=args.save_every)
     last = "distill" if args.command == "all" else args.command
     if args.fresh:
         set_aside(run, "train" if args.command == "all" else last)
-    run_stages(run, last, asked and last == args.command)
+    run_stages(run, last, last == args.command and (asked or args.seed is not None))
     if args.command == "all":
         evaluate(run)
 
@@ -1157,9 +1173,13 @@ def main(argv=None):
         message, status = str(fault), 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message, status = f"{where}{error.strerror or error}; make room or choose another --out", 2
+        message, status = f"{where}{error.strerror or error}", 2
+    except (torch.OutOfMemoryError, MemoryError):
+        message, status = "out of memory; try a smaller --batch", 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command continues", 130
+        message, status = "interrupted; the same command continues from the last checkpoint", 130
+    if sys.stdout.isatty():
+        print()  # end the live line
     print(f"slimflow: {message}", file=sys.stderr)
     return status
 

@@ -316,6 +316,9 @@ def test_rk45_names_the_time_at_which_a_field_breaks():
 
     with pytest.raises(sf.Fault, match=r"past t = 0\.(49|50)"):
         sf.sample(broken, torch.ones(1, 1), "rk45")
+    for bad in (math.nan, math.inf):
+        with pytest.raises(sf.Fault, match=r"past t = 0\.001"):
+            sf.sample(lambda x, t, y, bad=bad: x * bad, torch.ones(1, 1), "rk45")
 
 
 def test_straightness_is_zero_for_straight_flows_only():
@@ -388,14 +391,14 @@ def test_grid_keeps_the_order_of_images():
 # Training
 
 
-def tiny_run(folder):
+def tiny_run(folder, **changes):
     """A run of the digits with tiny networks."""
     tiny = sf.DIGITS | dict(model_channels=8, channel_mult=(1,), attn_resolutions=(), dropout=0.1)
     plan = sf.Schedule(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
     networks = dict(teacher=tiny, students={"tiny": tiny}, student="tiny")
     numbers = dict(pairs=300, solver=dict(solver="heun", steps=2), anneal=6)
     preset = replace(sf.PRESETS["digits"], train=plan, reflow=plan, distill=plan, **networks, **numbers)
-    return sf.Run(preset, folder / "digits")
+    return sf.Run(replace(preset, **changes), folder / "digits")
 
 
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
@@ -425,6 +428,49 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypat
         steps = [line.split(",")[0] for line in (parts.folder / stage / "log.csv").read_text().splitlines()]
         assert steps[1:] == sorted(set(steps[1:]), key=int) and steps[-1] == "12"
     assert (sf.open_pairs(whole) == sf.open_pairs(parts)).all()
+
+
+def test_stages_take_classes_and_flips(tmp_path):
+    classes = sf.DIGITS | dict(model_channels=8, channel_mult=(1,), attn_resolutions=(), label_dim=10)
+    run = tiny_run(tmp_path, teacher=classes, students={"tiny": classes}, label_dim=10, flip=True)
+    sf.run_stages(run, "distill")
+    noise, data, y = sf.load_pairs(run)
+    assert set(y.tolist()) == set(range(10))
+    teacher = sf.load_flow(run.folder / "train/ckpt.pt")
+    x, _ = sf.sample(teacher, noise.float(), y=y, **run.preset.solver)
+    torch.testing.assert_close(x.half(), data, atol=2e-3, rtol=2e-3)
+
+
+def test_distill_starts_from_the_2_flow_and_batches_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(sf, "PAIRS_BATCH", 100)
+    run = tiny_run(tmp_path)
+    still = replace(run.preset.distill, lr=0.0)
+    sf.run_stages(replace(run, preset=replace(run.preset, distill=still)), "distill")
+    flow, student = (sf.load_flow(run.folder / stage / "ckpt.pt") for stage in ("reflow", "distill"))
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(flow.parameters(), student.parameters()))
+    assert len(np.unique(sf.open_pairs(run)["noise"].reshape(300, -1), axis=0)) == 300
+    draws = []
+
+    def loss(net, step):
+        draws.append(torch.rand(1).item())
+        return net.weight.sum()
+
+    for seed in (0, 0, 1):
+        sf.fit(torch.nn.Linear(1, 1, bias=False), loss, sf.Schedule(steps=3), seed)
+    assert len(set(draws)) == 6 and draws[:3] == draws[3:6]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"good")
+
+    def write(file):
+        file.write(b"ba")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        sf.save_safely(path, write)
+    assert path.read_bytes() == b"good"
 
 
 def test_interrupted_pairs_go_on_where_they_stopped(tmp_path, monkeypatch):
@@ -534,10 +580,11 @@ def test_learning_rate_and_average_follow_the_schedule():
     rates = [sf.learning_rate(plan, step) for step in (0, 4, 9, 50, 80, 90, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
     net, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).requires_grad_(False)
-    before = ema.weight.clone()
+    before, weight = ema.weight.clone(), net.weight.item()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     _, norm = sf.update(net, ema, optimizer, (net.weight * 3).sum() * 100, 0.75)
     assert norm == pytest.approx(300)
+    assert net.weight.item() == pytest.approx(weight - 0.1, rel=1e-5)  # lr times the clipped gradient, 1
     torch.testing.assert_close(ema.weight, 0.75 * before + 0.25 * net.weight)
 
 
@@ -618,7 +665,10 @@ def test_finished_stage_says_so_and_more_steps_continue_it(miniature):
     assert "train is finished" in slimflow("train", cwd=folder)
     assert (folder / "runs/digits/train/ckpt.pt").read_bytes() == before
     shutil.copytree(folder / "runs", folder / "more")
-    slimflow("train", "--steps", 14, "--batch", 16, "--out", "more", cwd=folder)
+    output = slimflow("train", "--steps", 14, "--batch", 16, "--out", "more", cwd=folder)
+    assert "12/14 steps  continues from" in output and "note: pairs, reflow, distill" in output
+    output = slimflow("train", "--steps", 14, "--batch", 16, "--out", "more", cwd=folder)
+    assert "14/14 steps  is complete" in output
     assert sf.load_checkpoint(folder / "more/digits/train/ckpt.pt")["step"] == 14
 
 
@@ -629,6 +679,8 @@ def test_a_run_is_not_continued_with_other_settings(miniature, one_line):
     line = one_line("distill", *same, "--guidance", 0, "--distance", "huber")
     assert "made with another guidance; use --fresh" in line
     assert "made with another seed;" in one_line("train", *same, "--seed", 1)
+    finished = "--batch", 16, "--distance", "huber", "--out", folder / "runs"
+    assert "made with another guidance;" in one_line("distill", "--guidance", 0, *finished)
     assert "made with another anneal," in one_line("reflow", *same)
     assert (folder / "runs/digits/distill/ckpt.pt").read_bytes() == before
 
@@ -639,8 +691,11 @@ def test_fresh_sets_the_stage_and_what_was_made_from_it_aside(miniature):
     slimflow("reflow", "--steps", 3, "--batch", 4, "--fresh", "--out", "again", cwd=folder)
     again = folder / "again/digits"
     assert sf.load_checkpoint(again / "reflow/ckpt.pt")["step"] == 3
-    assert sf.load_checkpoint(again / "reflow.old/ckpt.pt")["step"] == 10
-    assert (again / "distill.old").exists() and not (again / "distill").exists()
+    assert sf.load_checkpoint(again / "reflow.old1/ckpt.pt")["step"] == 10
+    assert (again / "distill.old1").exists() and not (again / "distill").exists()
+    slimflow("reflow", "--steps", 2, "--batch", 4, "--fresh", "--out", "again", cwd=folder)
+    assert sf.load_checkpoint(again / "reflow.old1/ckpt.pt")["step"] == 10
+    assert sf.load_checkpoint(again / "reflow.old2/ckpt.pt")["step"] == 3
     assert (again / "pairs").exists()
 
 
@@ -654,7 +709,7 @@ def test_sample_writes_pictures_and_arrays(miniature):
     slimflow("sample", "--ckpt", ckpt, "--n", 70, "--npz", "b.npz", "--seed", 1, cwd=folder)
     assert (np.load(folder / "b.npz")["arr_0"] != a).any()
     flow = sf.load_flow(ckpt)
-    torch.manual_seed(0)
+    sf.seed_all(0, "sample", 0)
     assert (sf.to_uint8(sf.one_step(flow, torch.randn(70, 1, 8, 8))).permute(0, 2, 3, 1).numpy() == a).all()
 
 
