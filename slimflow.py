@@ -680,6 +680,7 @@ def grid(images, columns=8):
     return torch.cat(rows, dim=1).permute(1, 2, 0).contiguous().numpy()
 
 def save_grid(path, images):
+    """The `grid` of images [N, C, H, W] as a PNG."""
     from matplotlib.image import imsave
 
     save_safely(path, lambda file: imsave(file, grid(images), format="png"))
