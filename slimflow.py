@@ -17,23 +17,35 @@ Sections: 1 presets, 2 data, 3 network, 4 flow, 5 solvers, 6 teachers, 7 trainin
 """
 
 import argparse
+import contextlib
 import copy
+import importlib
+import io
 import itertools
+import json
 import math
 import os
+import pickle
 import shutil
 import statistics
 import sys
 import time
-from collections import deque
+import warnings
+import zipfile
+from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 class Fault(Exception):
@@ -68,22 +80,29 @@ class Preset:
     distill: Schedule
     pairs: int  # (noise, data) pairs that the teacher writes
     solver: dict  # the ODE solver that writes them
+    edm_steps: int  # of EDM's own solver, which writes them if the teacher is one of EDM's
     anneal: int  # reflow steps over which b falls from 1 to 0; 0 is plain reflow
     anneal_schedule: str = "linear"  # authors
     guidance: float = 1.0  # weight of the guidance loss; 0 is naive distillation
     distance: str = "l2"  # D of the distillation
     flip: bool = True  # mirror half of the images; authors
     label_dim: int = 0  # number of classes, 0 if unconditional
+    samples: int = 50_000  # images of a Frechet distance: FID's convention
 
 DIGITS = dict(resolution=8, channels=1, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))  # ours
 DDPMPP = dict(channels=3, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.15)
 ADM = dict(kind="adm", resolution=64, channels=3, label_dim=1000, dropout=0.1)  # EDM's ImageNet-64 setting
-SIZES = {  # the paper's sizes, met exactly; for 3.4M the layout is ours
-    "27.9M": DDPMPP | dict(model_channels=128),
-    "15.7M": DDPMPP | dict(model_channels=96),
-    "7.0M": DDPMPP | dict(model_channels=64),
-    "3.4M": DDPMPP | dict(model_channels=64, channel_mult=(1, 1, 2), num_blocks=1, attn_resolutions=()),
-}
+
+def small_ddpmpp(resolution):
+    """The paper's students by size; the layout of 3.4M is ours."""
+    network = DDPMPP | dict(resolution=resolution)
+    return {
+        "27.9M": network | dict(model_channels=128),
+        "15.7M": network | dict(model_channels=96),
+        "7.0M": network | dict(model_channels=64),
+        "3.4M": network | dict(model_channels=64, channel_mult=(1, 1, 2), num_blocks=1, attn_resolutions=()),
+    }
+
 RK45 = dict(solver="rk45", rtol=1e-5, atol=1e-5)  # authors, by SciPy
 
 digits = Preset(
@@ -99,30 +118,35 @@ digits = Preset(
     distill=Schedule(steps=1_100, batch=64, lr=1e-3, warmup=0, decay=0.3, ema=0.998),  # lr 2e-3 was no better
     pairs=5_000,  # as many as the table's distance needs
     solver=dict(solver="heun", steps=8),  # 15 evaluations
+    edm_steps=18,
     anneal=400,  # the first quarter of the steps
     guidance=0.1,  # with this many pairs 0 is a little better, 1 worse: see README
     flip=False,
+    samples=5_000,
 )
 cifar10 = Preset(
     name="cifar10",
     shape=(3, 32, 32),
     teacher=DDPMPP  # the paper's 61.8M
     | dict(resolution=32, model_channels=128, channel_mult=(1, 2, 2, 2), num_blocks=4),
-    students={size: network | dict(resolution=32) for size, network in SIZES.items()},
+    students=small_ddpmpp(32),
     student="15.7M",
     train=Schedule(steps=800_000),  # length: ours, as reflow
     reflow=Schedule(steps=800_000),  # authors: about 800,000
     distill=Schedule(steps=200_000, warmup=0),  # authors: no warm-up; length: ours
     pairs=50_000,  # authors
     solver=RK45,
+    edm_steps=18,  # EDM's for CIFAR-10: 35 evaluations
     anneal=300_000,  # authors
+    distance="lpips",  # authors
 )
 ffhq64 = replace(
     cifar10,  # ours: its schedules
     name="ffhq64",
     shape=(3, 64, 64),
     teacher=cifar10.teacher | dict(resolution=64, dropout=0.05),  # EDM's FFHQ-64 network
-    students={size: network | dict(resolution=64) for size, network in SIZES.items()},
+    students=small_ddpmpp(64),
+    edm_steps=40,  # EDM's for FFHQ: 79 evaluations
 )
 imagenet64 = replace(
     cifar10,  # ours: its schedules
@@ -137,7 +161,9 @@ imagenet64 = replace(
     },
     student="80.7M",
     pairs=400_000,  # ours: 400 of each class
+    edm_steps=40,  # as for FFHQ; EDM's published ImageNet samples took 256, with fresh noise on the way
 )
+SIZES = list(dict.fromkeys(size for preset in (digits, cifar10, imagenet64) for size in preset.students))
 PRESETS = {preset.name: preset for preset in (digits, cifar10, ffhq64, imagenet64)}
 
 
@@ -145,17 +171,152 @@ PRESETS = {preset.name: preset for preset in (digits, cifar10, ffhq64, imagenet6
 # 2. Data: images are uint8 on disk and in memory, and become float in [-1, 1] batch by batch
 
 def load_images(preset, data_dir=None):
-    """All training images, uint8 [N, C, H, W], and their labels, int64 [N] or None."""
-    if preset.name != "digits":
-        raise Fault(f"images of {preset.name} cannot be read yet; --dataset digits is built in")
-    path = Path(data_dir or Path(__file__).parent) / "digits.npz"
+    """All training images, uint8 [N, C, H, W], and their labels, int64 [N] or None.
+
+    digits come with this file. `data_dir` (data/<name> if None) holds CIFAR-10's archive, or receives it; of
+    the others it is a folder of images, with a subfolder per class, or the zip of EDM's dataset tool.
+    """
+    if preset.name == "digits":
+        return load_digits(Path(data_dir or Path(__file__).parent) / "digits.npz")
+    path = Path(data_dir or f"data/{preset.name}").resolve()
+    return load_cifar10(path) if preset.name == "cifar10" else load_pictures(path, preset)
+
+def load_digits(path):
+    """The embedded digits."""
+    with faults(path, "digits.npz", "take the one that comes with slimflow.py"), np.load(path) as file:
+        return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"].astype(np.int64))
+
+def import_optional(name):
+    """Import torchvision, or a package that needs it, also where torchvision's build does not fit torch's."""
+    register = torch.library.register_fake
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"].astype(np.int64))
-    except FileNotFoundError:
-        raise Fault(f"{path} is missing; it comes with slimflow.py, --data-dir says where it is") from None
-    except Exception as error:  # a damaged file can fail anywhere inside np.load
-        raise Fault(f"{path} is damaged; put back the one that comes with slimflow.py") from error
+        # A torchvision that does not fit fails where it describes its compiled operators; none is used here.
+        torch.library.register_fake = lambda *args, **kwargs: lambda function: function
+        importlib.import_module("torchvision")
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.split(".")[0].replace("_", "-")
+        raise Fault(f"this needs the package {package}: pip install {package}") from None
+    finally:
+        torch.library.register_fake = register
+
+def load_cifar10(folder):
+    """CIFAR-10's 50,000 training images, by torchvision: nothing is unpickled before its MD5 sum is right."""
+    cifar10 = import_optional("torchvision.datasets").CIFAR10
+    try:
+        data = cifar10(folder, train=True, download=True)
+    except (OSError, RuntimeError):
+        file = f"{cifar10.filename} (from {cifar10.url})"
+        raise Fault(f"cannot download CIFAR-10; put {file} into {folder}, or name its --data-dir") from None
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+
+def load_pictures(path, preset):
+    """Images of a folder or zip, decoded once into <path>.64x64.npy beside it and memory-mapped there."""
+    size, row = preset.shape[-1], np.dtype([("image", "u1", preset.shape), ("label", "i8")])
+    decoded = path.with_name(f"{path.name}.{size}x{size}.npy")
+    if not path.exists():
+        raise Fault(f"no images at {path}; --data-dir takes a folder of images or EDM's zip")
+    if not decoded.exists() or decoded.stat().st_mtime < path.stat().st_mtime:
+        with faults(path, "zip of images with a class each", "mend it"):
+            names, read = list_files(path)
+            pictures = sorted(name for name in names if Path(name).suffix.lower() in PICTURES)
+            labels = classify(pictures, names, read, preset.label_dim)
+            write_npy(decoded, row, len(pictures), decode_all(pictures, labels, read, row))
+    with faults(decoded, "file of decoded images", "delete it"):
+        store = np.load(decoded, mmap_mode="c")
+        images, labels = torch.from_numpy(store["image"]), torch.from_numpy(store["label"])
+    return images, labels if preset.label_dim else None
+
+def list_files(path):
+    """The names of all files in a folder or zip, and a function from a name to the file's bytes."""
+    if path.is_dir():
+        files = (file for file in path.rglob("*") if file.is_file())
+        return [file.relative_to(path).as_posix() for file in files], lambda name: (path / name).read_bytes()
+    archive = zipfile.ZipFile(path)
+    return archive.namelist(), archive.read
+
+def classify(pictures, names, read, label_dim):
+    """The class of each picture: from EDM's dataset.json, else the number of its subfolder; 0 if unneeded."""
+    if not pictures:
+        raise ValueError(f"no {' '.join(sorted(PICTURES))} in it")
+    if not label_dim:
+        return [0] * len(pictures)
+    if "dataset.json" in names:
+        table = dict(json.loads(read("dataset.json"))["labels"])
+    else:
+        folders = {folder: i for i, folder in enumerate(sorted({name.split("/")[0] for name in pictures}))}
+        table = {name: folders[name.split("/")[0]] for name in pictures if "/" in name}
+    for name in pictures:
+        if table.get(name) not in range(label_dim):
+            raise ValueError(f"{name} has no class from 0 to {label_dim - 1}")
+    return [table[name] for name in pictures]
+
+def decode_all(pictures, labels, read, row):
+    """Arrays of rows (image, label), some hundred at a time."""
+    report = progress("decode", len(pictures), "images")
+
+    def one(name):
+        try:
+            return decode(io.BytesIO(read(name)), row["image"].shape[-1])
+        except Exception as error:  # a damaged file can fail anywhere inside the image library
+            raise Fault(f"{name} cannot be used: {error}; mend it or take it out") from error
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(pictures), 512):
+            some = slice(start, start + 512)
+            rows = np.zeros(len(pictures[some]), row)
+            rows["image"], rows["label"] = list(pool.map(one, pictures[some])), labels[some]
+            yield rows
+            report(start + len(rows), "")
+
+def decode(file, size):
+    """One picture as uint8 [3, size, size]: transparency over white, the centre square, box-filtered."""
+    from PIL import Image  # here and below: imported where needed, for a quick start
+
+    with Image.open(file) as image:
+        side, left, top = min(image.size), *((n - min(image.size)) // 2 for n in image.size)
+        if side < size:
+            raise ValueError(f"{image.width}x{image.height} pixels, and {size}x{size} are needed")
+        if image.mode.startswith("I;16"):  # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        square = (left, top, left + side, top + side)
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BOX, square)
+    return np.asarray(image).transpose(2, 0, 1)
+
+def write_npy(path, row, n, chunks):
+    """An .npy file of n rows of this dtype, from an iterator over arrays of some of them."""
+    header = dict(descr=np.lib.format.dtype_to_descr(row), fortran_order=False, shape=(n,))
+
+    def write(file):
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in chunks:
+            file.write(chunk.tobytes())
+
+    save_safely(path, write)
+
+def resident(tensors, device):
+    """The tensors on a CUDA device if they take at most a quarter of its memory, else where they are."""
+    if device != "cuda":
+        return tensors
+    room = torch.cuda.get_device_properties(device).total_memory / 4
+    fits = sum(x.nbytes for x in tensors if x is not None) <= room
+    return [x if x is None or not fits else x.to(device) for x in tensors]
+
+def fetch(tensors, i, device):
+    """Rows i [B] of each tensor (or None) on the device.
+
+    From the CPU they go through pinned memory, without waiting: the training loop runs ahead of the GPU, so
+    the next batch is gathered and copied while the GPU still works on this one.
+    """
+    rows = [x if x is None else x[i.to(x.device, non_blocking=True)] for x in tensors]
+    if device == "cuda":
+        rows = [x if x is None or x.is_cuda else x.pin_memory().to(device, non_blocking=True) for x in rows]
+    return rows
 
 def to_float(images):
     """uint8 0..255 to float -1..1."""
@@ -397,7 +558,26 @@ def huber(a, b):
     c = 0.00054 * math.sqrt(a[0].numel())
     return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
 
-DISTANCES = {"l2": l2, "huber": huber}
+@cache
+def lpips_network(device):
+    """LPIPS with VGG, as the package `lpips` has it."""
+    package = import_optional("lpips")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package calls torchvision in an older way
+            return package.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+    except (OSError, RuntimeError):
+        folder, url = Path(torch.hub.get_dir()) / "checkpoints", "https://download.pytorch.org/models"
+        raise Fault(f"cannot download VGG; put {url}/vgg16-397923af.pth into {folder}") from None
+
+def lpips(a, b):
+    """Learned perceptual distance (VGG) of each image, resized to 64x64 as the authors do: [B]."""
+    a, b = (x.float().expand(-1, 3, -1, -1) for x in (a, b))
+    a, b = (F.interpolate(x, size=64, mode="bilinear", align_corners=True) for x in (a, b))
+    with torch.autocast(a.device.type, enabled=False):
+        return lpips_network(a.device.type)(a, b).flatten()
+
+DISTANCES = {"l2": l2, "huber": huber, "lpips": lpips}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -488,7 +668,9 @@ def _first_step(velocity, x, v, rtol, atol):
 SOLVERS = {"euler": euler, "heun": heun, "rk45": rk45}
 
 def sample(flow, noise, solver="rk45", y=None, **options):
-    """Run a solver to its end: the images, and how many evaluations of the flow they took."""
+    """Run a solver ("edm": `edm_sample`) to its end: the images, and how many evaluations each took."""
+    if solver == "edm":
+        return edm_sample(flow, noise, y=y, **options)
     nfe = 0
 
     def counted(x, t, y):
@@ -508,47 +690,257 @@ def build(config, device="cpu"):
     layout = torch.channels_last if config["resolution"] > 8 else torch.contiguous_format
     return UNet(**config).to(device, memory_format=layout)
 
-def load_checkpoint(path):
-    """The dict that `fit` saved, on the CPU; Fault if the file is missing, damaged or something else."""
+@contextlib.contextmanager
+def faults(path, what, remedy="name another, or use --fresh"):
+    """Turn whatever goes wrong while a file is read, where a damaged one can fail anywhere, into a Fault."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"step", "steps", "settings", "model", "ema", "optimizer"} <= set(state):
-            raise ValueError("entries are missing")
+        yield
     except FileNotFoundError:
-        raise Fault(f"{path} does not exist; make it first, or name the right --ckpt or --out") from None
-    except OSError:  # a folder, or no permission: the system's own words say it best
+        raise Fault(f"{path} does not exist; make it first, or name the right file or folder") from None
+    except (Fault, OSError):  # a folder, or no permission: the system's own words say it best
         raise
-    except Exception as error:  # a damaged file can fail anywhere inside torch.load
-        raise Fault(f"{path} is damaged or no ckpt.pt of this program; name one or use --fresh") from error
-    return state
+    except Exception as error:
+        reason = " ".join(str(error).split())[:80]
+        raise Fault(f"{path} is damaged or no {what} ({reason}); {remedy}") from error
+
+def load_checkpoint(path, entries=("step", "steps", "settings", "model", "ema", "optimizer")):
+    """The dict of tensors and numbers in a file of torch.save's, on the CPU."""
+    with faults(path, "checkpoint"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not set(entries) <= set(state):
+            raise ValueError("entries are missing")
+        return state
+
+def frozen(config, weights, device):
+    """The UNet of these weights, in eval mode."""
+    net = build(config, device)
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False)
 
 def load_flow(path, device="cpu"):
     """The averaged (EMA) network of a checkpoint of ours, frozen, in eval mode."""
     state = load_checkpoint(path)
-    try:
-        net = build(state["settings"]["network"], device)
-        net.load_state_dict(state["ema"])
-    except (TypeError, KeyError, RuntimeError) as error:
-        raise Fault(f"{path} holds no UNet of this program ({str(error).splitlines()[0][:60]})") from None
-    return net.eval().requires_grad_(False)
+    with faults(path, "checkpoint of this program"):
+        return frozen(state["settings"]["network"], state["ema"], device)
+
+class EDMTeacher(nn.Module):
+    """EDM's denoiser D(x; sigma), a preconditioned UNet; called, it is the same model's flow v(x, t)."""
+
+    def __init__(self, net, sigma_data=0.5):
+        super().__init__()
+        self.net, self.sigma_data = net, sigma_data
+        self.config, self.label_dim = net.config, net.label_dim
+
+    def denoise(self, x, sigma, y=None):
+        """Estimate of the images in x = image + sigma e, [B, C, H, W], sigma [B] (EDM, Table 1): like x."""
+        s, total = sigma.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1) ** 2 + self.sigma_data**2
+        c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data / total.sqrt(), total.rsqrt()
+        return c_skip * x + c_out * self.net(c_in * x, sigma.log() / 4, y)
+
+    def forward(self, x, t, y=None):
+        """v(x, t) = (D(x/t; (1-t)/t) - x) / (1-t), at the nearest t whose sigma is in EDM's [0.002, 80]."""
+        t = t.clamp(1 / 81, 1 / 1.002)
+        s = t.reshape(-1, 1, 1, 1)
+        return (self.denoise(x / s, (1 - t) / t, y) - x) / (1 - s)
+
+@torch.no_grad()
+def edm_sample(teacher, noise, steps, order=2, y=None):
+    """EDM's deterministic sampler: Heun (order 2, 2 steps - 1 evaluations) or DDIM (order 1).
+
+    It solves dx/dsigma = (x - D(x; sigma)) / sigma from sigma 80 to 0. Images and evaluations, as `sample`.
+    """
+    ramp = np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps) ** 7
+    x, nfe = 80 * noise, 0
+
+    def slope(x, sigma):
+        nonlocal nfe
+        nfe += 1
+        return (x - teacher.denoise(x, x.new_full((len(x),), sigma), y)) / sigma
+
+    for sigma, sigma_next in itertools.pairwise([*ramp.tolist(), 0.0]):
+        d = slope(x, sigma)
+        guess = x + (sigma_next - sigma) * d
+        if order == 2 and sigma_next > 0:
+            guess = x + (sigma_next - sigma) * (d + slope(guess, sigma_next)) / 2
+        x = guess
+    return x, nfe
+
+class Record(dict):
+    """Stands in for any object of a pickle: it keeps what the object would be made from, and does nothing."""
+
+    def __new__(cls, *args):
+        record = super().__new__(cls)
+        record.args, record.state = args, {}
+        return record
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.state = state
+
+class InertUnpickler(pickle._Unpickler):  # in Python, since the one in C lets a file ask for any memory
+    """Reads a pickle's numbers, texts, lists and dicts; each class or function that it names is a Record."""
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: None}  # that one allocates what it is told
+
+    def find_class(self, module, name):
+        return type(name, (Record,), {})
+
+def attributes(record):
+    """The state of a pickled module: EDM's own classes hand it to the function that rebuilds them."""
+    return record.args[0]["state"] if record.args else record.state
+
+def tensor(record, shape):
+    """The float32 tensor of this shape that a Record of torch's rebuilding functions describes."""
+    if type(record).__name__ == "_rebuild_parameter":
+        record = record.args[0]
+    storage, offset, size, stride = record.args[:4]
+    (blob,) = storage.args
+    if tuple(size) != tuple(shape) or len(blob) > 8 * math.prod(shape) + 4096 or blob[:2] == b"PK":
+        raise ValueError(f"a tensor is not of shape {tuple(shape)}")
+    storage = torch.load(io.BytesIO(blob), weights_only=True)
+    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride).float()
+
+def load_edm(path, device="cpu"):
+    """The EMA network of a .pkl of NVIDIA's EDM (DDPM++ or ADM), frozen: an EDMTeacher.
+
+    Such files are pickles that carry source code. Nothing in them is run: numbers and tensors are picked out.
+    """
+    with faults(path, "network of EDM's DDPM++ or ADM"):
+        outer = InertUnpickler(io.BytesIO(Path(path).read_bytes())).load()["ema"]
+        if outer.args[0]["class_name"] != "EDMPrecond":
+            raise ValueError("its preconditioning is another")
+        inner = attributes(outer)["_modules"]["model"]
+        config = edm_config(inner.args[0]["class_name"], attributes(inner)["_init_kwargs"])
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in UNet(**config).named_parameters()}
+        weights = {}
+        for name, shape in shapes.items():
+            *parents, leaf = name.split(".")
+            node = attributes(inner)
+            for parent in parents:
+                node = attributes(node["_modules"][parent])
+            weights[name] = tensor(node["_parameters"][leaf], shape)
+            box = node["_buffers"].get("resample_filter")
+            if box is not None and (tensor(box, (1, 1, 2, 2)) != 0.25).any():
+                raise ValueError("it does not resample by 2x2 boxes")
+        return EDMTeacher(frozen(config, weights, device), float(attributes(outer)["sigma_data"]))
+
+EDM_NETWORKS = {  # their default arguments
+    "SongUNet": dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16]),
+    "DhariwalUNet": dict(
+        model_channels=192, channel_mult=[1, 2, 3, 4], num_blocks=3, attn_resolutions=[32, 16, 8]
+    ),
+}
+EDM_FIXED = dict(embedding_type="positional", encoder_type="standard", decoder_type="standard")
+EDM_FIXED |= dict(channel_mult_emb=4, channel_mult_noise=1, resample_filter=[1, 1])
+
+def edm_config(name, given):
+    """Keyword arguments of `UNet` for one of EDM's networks, with what its file says."""
+    config = {option: given.get(option, value) for option, value in EDM_NETWORKS[name].items()}
+    config |= dict(resolution=given["img_resolution"], channels=given["in_channels"])
+    config |= dict(label_dim=given.get("label_dim", 0), kind="adm" if name == "DhariwalUNet" else "ddpm++")
+    other = [option for option, value in EDM_FIXED.items() if given.get(option, value) != value]
+    sizes = [config["resolution"], config["channels"], config["model_channels"], config["label_dim"]]
+    levels = config["channel_mult"]
+    if other or max(*sizes, *levels, 50 * config["num_blocks"], 100 * len(levels)) > 1024:
+        raise ValueError(f"unknown {', '.join(other) or 'sizes'}")
+    return config | dict(time_scale=1.0)  # the network's time is ln(sigma) / 4
+
+def load_slimflow_official(path, device="cpu"):
+    """The EMA network of a .pth that the authors of SlimFlow published: a UNet.
+
+    Its tensors come in the order in which ours are applied. Only the attention differs: it has matrices
+    [in, out] for q, k, v and the output, where ours has 1x1 convolutions, q, k, v interleaved by channel.
+    """
+    state = load_checkpoint(path, ("model", "ema"))
+    with faults(path, "network of SlimFlow's authors"):
+        names = [name.split("all_modules.")[1] for name in state["model"] if "all_modules." in name]
+        given = state["ema"]["shadow_params"]
+        config = official_config(dict(zip(names, given, strict=True)))
+        with torch.device("meta"):
+            ours = [name for name, _ in UNet(**config).named_parameters() if not name.endswith("qkv.bias")]
+        given, weights = iter(given), {}
+        for name in ours:
+            if name.endswith("qkv.weight"):
+                q, q_bias, k, k_bias, v, v_bias = itertools.islice(given, 6)
+                weights[name] = torch.stack([q.T, k.T, v.T], dim=1).flatten(0, 1)[:, :, None, None]
+                bias = torch.stack([q_bias, k_bias, v_bias], dim=1).flatten()
+                weights[name.replace("weight", "bias")] = bias
+            else:
+                value = next(given)
+                weights[name] = value.T[:, :, None, None] if name.endswith("proj.weight") else value
+        if list(given):
+            raise ValueError("it has more tensors than the network")
+        return frozen(config, weights, device)
+
+def official_config(tensors):
+    """Keyword arguments of `UNet`, read off the tensors; the images' size from where the attention stands."""
+    modules = defaultdict(dict)
+    for name, weights in tensors.items():
+        number, part = name.split(".", 1)
+        modules[int(number)][part] = weights.shape
+    modules = [modules[number] for number in sorted(modules)]
+    c, channels = modules[2]["weight"][:2]
+    middle = modules[3:-2]  # between two linear layers and a convolution, a normalisation and a convolution
+
+    def kind(parts):  # A: attention, R: residual block, /: one that resamples, so has a skip of equal widths
+        same = "Conv_2.weight" in parts and len(set(parts["Conv_2.weight"][:2])) == 1
+        return "A" if "NIN_0.W" in parts else "/" if same else "R"
+
+    levels = "".join(map(kind, middle)).split("/")  # encoder, lowest and middle, decoder
+    depth = len(levels) // 2 + 1
+    first = [sum(map(len, levels[:level])) + level for level in range(depth)]  # block of each level
+    attention = [level for level in range(depth) if levels[level].count("A") > (level == depth - 1)]
+    if not attention:
+        raise ValueError("without attention its image size cannot be told")
+    return DDPMPP | dict(
+        resolution=16 << attention[0],  # the authors' networks attend at 16x16
+        channels=channels,
+        model_channels=c,
+        channel_mult=tuple(middle[i]["Conv_0.weight"][0] // c for i in first),
+        num_blocks=levels[0].count("R"),
+    )
+
+LOADERS = {".pkl": load_edm, ".pth": load_slimflow_official}  # by the ending of the file; others: load_flow
+
+def load_network(path, device="cpu"):
+    """The network of any of the three kinds of files."""
+    return LOADERS.get(Path(path).suffix, load_flow)(path, device)
 
 def save_safely(path, write):
     """Write a file whole or not at all: write(file) to a temporary one, which then replaces the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. Training: one loop for every stage
+# 7. Training: one loop for every stage, on one device or, under torchrun, on many
 
-def seed_all(seed, stage, step, rank=0):
+def seed_all(seed, stage, step, part=0):
     """Seed torch from all four, so that a resumed run draws at each step what an uninterrupted one draws."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, *stage.encode(), step, rank]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, *stage.encode(), step, part]).generate_state(1)[0]))
+
+def barrier():
+    """Wait for the other processes of a torchrun."""
+    if WORLD > 1:
+        dist.barrier()
+
+def part_of(batch, accumulate):
+    """How many images of a batch one forward pass takes: processes, and passes in each, share it."""
+    if batch % (WORLD * accumulate):
+        raise Fault(f"a batch of {batch} cannot be split over {WORLD} processes x --accumulate {accumulate}")
+    return batch // (WORLD * accumulate)
 
 def progress(stage, total, unit, images=1, start=0):
     """A function (done, note): one live line with speed and time left; off a terminal, a line every 10 s."""
@@ -576,22 +968,41 @@ def learning_rate(schedule, step):
     down = (schedule.steps - step) / (schedule.decay * schedule.steps) if schedule.decay else 1
     return schedule.lr * min(1, up, down)
 
-def update(net, ema, optimizer, loss, ema_rate):
-    """One optimizer step; returns (loss, gradient norm), a tensor [2], without waiting for the device."""
-    optimizer.zero_grad()
-    loss.backward()
+def backward(net, loss_fn, seed, stage, step, accumulate=1):
+    """Gradients of the batch's mean loss, which is returned. Convolutions and matrices in bfloat16 on CUDA.
+
+    The parts of the batch are numbered across processes, and each draws its own random numbers: two
+    processes compute what one with two passes computes.
+    """
+    device, total = next(net.parameters()).device, 0.0
+    for i in range(accumulate):
+        seed_all(seed, stage, step, RANK + WORLD * i)
+        wait = WORLD > 1 and i < accumulate - 1  # processes exchange gradients after the last part only
+        with net.no_sync() if wait else contextlib.nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = loss_fn(net, step) / accumulate
+            loss.backward()
+        total += loss.detach()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total / WORLD
+
+def update(net, ema, optimizer, ema_rate):
+    """One optimizer step; returns the gradient's norm, as a tensor, without waiting for the device."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
+    optimizer.zero_grad()
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - ema_rate)
-    return torch.stack([loss.detach(), norm])
+    return norm
 
 LOG_EVERY = 50  # steps between lines of log.csv
+SAVE_EVERY = 60.0  # seconds between checkpoints
 
-def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, save_every=60, **settings):
+def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, accumulate=1, **settings):
     """Minimise loss_fn(net, step); return the averaged network, frozen, in eval mode.
 
-    With a folder, the run is kept there every `save_every` seconds: ckpt.pt, log.csv, loss.png and, from
+    With a folder, the run is kept there every SAVE_EVERY seconds: ckpt.pt, log.csv, loss.png and, from
     picture(ema) -> images, samples.png. An interrupted run goes on from there, on a CPU bit for bit as if it
     had never stopped; a run of other `settings` (any numbers that shape the loss) raises Fault, and so does a
     loss or gradient that is not finite. Both leave the last checkpoint as it is.
@@ -599,75 +1010,68 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, 
     settings |= dict(stage=stage, seed=seed, batch=schedule.batch, network=getattr(net, "config", None))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr, fused=True)
-    start = resume(folder, settings, net, ema, optimizer) if folder else 0
+    start, rows = resume(folder, settings, net, ema, optimizer) if folder else (0, [])
     if start:
         goes_on = "is complete, see" if start >= schedule.steps else "continues from"
         print(f"{stage:<10} {start:,}/{schedule.steps:,} steps  {goes_on} {folder}")
-    net.train()
+    model = nn.parallel.DistributedDataParallel(net.train()) if WORLD > 1 else net.train()
     report = progress(stage, schedule.steps, "steps", schedule.batch, start)
     recent, saved = [], time.time()
     for step in range(start, schedule.steps):
-        seed_all(seed, stage, step)
         optimizer.param_groups[0]["lr"] = learning_rate(schedule, step)
         ema_rate = min(schedule.ema, (1 + step) / (10 + step))
-        recent.append(update(net, ema, optimizer, loss_fn(net, step), ema_rate))
+        loss = backward(model, loss_fn, seed, stage, step, accumulate)
+        recent.append(torch.stack([loss, update(net, ema, optimizer, ema_rate)]))
         done, last = step + 1, step + 1 == schedule.steps
-        save = folder and (last or time.time() - saved >= save_every)
+        save = folder and RANK == 0 and (last or time.time() - saved >= SAVE_EVERY)
         if save or last or done % LOG_EVERY == 0:
-            loss = log(torch.stack(recent).cpu(), done, stage, folder)  # waits for the device only here
-            report(done, f"loss {loss:.4f}")
+            rows.append([done, *means(recent, done, stage, folder)])  # waits for the device only here
+            report(done, f"loss {rows[-1][1]:.4f}")
             recent = []
         if save:
             state = dict(model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-            state |= dict(step=done, steps=schedule.steps, settings=settings)
+            state |= dict(step=done, steps=schedule.steps, settings=settings, rows=rows)
             save_safely(folder / "ckpt.pt", partial(torch.save, state))
-            draw_loss(folder)
+            draw_loss(folder, rows)
             if picture:
                 save_grid(folder / "samples.png", picture(ema))
             saved = time.time()
     return ema
 
 def resume(folder, settings, net, ema, optimizer):
-    """Load the folder's checkpoint, if there is one, into net, ema and optimizer; return the steps done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, start = folder / "ckpt.pt", 0
-    if path.exists():
-        state = load_checkpoint(path)
-        other = [name for name, value in settings.items() if state["settings"].get(name) != value]
-        if other:
-            raise Fault(f"{path} was made with another {', '.join(other)}; use --fresh or another --out")
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    rows = (folder / "log.csv").read_text().splitlines()[1:] if (folder / "log.csv").exists() else []
-    whole = [row for row in rows if row.count(",") == 2 and row.split(",")[0].isdigit()]
-    kept = [row for row in whole if int(row.split(",")[0]) <= start]  # later steps come again
-    (folder / "log.csv").write_text("\n".join(["step,loss,grad_norm", *kept]) + "\n")
-    return start
+    """Load the folder's checkpoint, if there is one; return the steps done and the rows of its log."""
+    path = folder / "ckpt.pt"
+    if not path.exists():
+        return 0, []
+    state = load_checkpoint(path)
+    other = [name for name, value in settings.items() if state["settings"].get(name) != value]
+    if other:
+        raise Fault(f"{path} was made with another {', '.join(other)}; use --fresh or another --out")
+    net.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["rows"]
 
-def log(rows, done, stage, folder):
-    """Check the last steps' (loss, gradient norm) [n, 2], add their mean to log.csv, return the mean loss."""
-    bad = (~rows.isfinite().all(dim=1)).nonzero()
+def means(recent, done, stage, folder):
+    """Check the last steps' (loss, gradient norm), a list of tensors [2], and return their means."""
+    recent = torch.stack(recent).cpu()
+    bad = (~recent.isfinite().all(dim=1)).nonzero()
     if len(bad):
-        first = done - len(rows) + int(bad[0]) + 1
+        first = done - len(recent) + int(bad[0]) + 1
         saved = folder and (folder / "ckpt.pt").exists()
         good = f"{folder}/ckpt.pt is good" if saved else "nothing was saved"
         raise Fault(f"{stage}: loss or gradient is not finite at step {first:,}; {good}; try a lower --lr")
-    loss, norm = rows.mean(dim=0).tolist()
-    if folder:
-        with open(folder / "log.csv", "a") as file:
-            file.write(f"{done},{loss:.6g},{norm:.6g}\n")
-    return loss
+    return recent.mean(dim=0).tolist()
 
-def draw_loss(folder):
-    """loss.png from log.csv."""
-    from matplotlib.figure import Figure  # here and below: imported where needed, for a quick start
+def draw_loss(folder, rows):
+    """log.csv and loss.png from rows of (step, loss, gradient norm)."""
+    from matplotlib.figure import Figure
 
-    step, loss = np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2).T
+    lines = ["step,loss,grad_norm", *(f"{step},{loss:.6g},{norm:.6g}" for step, loss, norm in rows)]
+    save_safely(folder / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(step, loss)
+    axes.plot([row[0] for row in rows], [row[1] for row in rows])
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"{folder.parent.name}: {folder.name}")
     save_safely(folder / "loss.png", lambda file: figure.savefig(file, dpi=120, format="png"))
 
@@ -691,14 +1095,31 @@ def save_grid(path, images):
 
 @dataclass(frozen=True)
 class Run:
-    """What is run (a preset, with the changes that the command line asks for) and where."""
+    """What is run (a preset, with the changes that the command line asks for), where and how."""
 
     preset: Preset
     folder: Path  # runs/<dataset>; each stage has a folder in it
     device: str = "cpu"
     seed: int = 0
     data_dir: str | None = None
-    save_every: float = 60.0  # seconds between checkpoints
+    teacher: str | None = None  # file of a network that writes the pairs, instead of stage 1's
+    accumulate: int = 1  # forward passes that a process splits its share of a batch into
+    compile: bool = False  # networks by torch.compile
+
+def read_images(run):
+    """`load_images`, on the GPU if they fit; under torchrun one process makes the files for all."""
+    if RANK:
+        barrier()
+    images = load_images(run.preset, run.data_dir)
+    if not RANK:
+        barrier()
+    return resident(images, run.device)
+
+def compiled(net, run):
+    """The network, compiled if the run says so."""
+    if run.compile:
+        net.compile()
+    return net
 
 def fit_stage(run, stage, config, loss_fn, solver, start=None, **settings):
     """`fit` by the preset's schedule, from random weights or those of `start`; pictures by the solver."""
@@ -712,7 +1133,8 @@ def fit_stage(run, stage, config, loss_fn, solver, start=None, **settings):
         return sample(flow, noise, y=y, **solver)[0]
 
     schedule, folder = getattr(run.preset, stage), run.folder / stage
-    return fit(net, loss_fn, schedule, run.seed, stage, folder, picture, run.save_every, **settings)
+    net = compiled(net, run)
+    fit(net, loss_fn, schedule, run.seed, stage, folder, picture, run.accumulate, **settings)
 
 def fixed_noise(run, n=64, seed=1234):
     """The same noise every time, and classes for it (or None)."""
@@ -721,80 +1143,96 @@ def fixed_noise(run, n=64, seed=1234):
 
 def train(run):
     """Stage 1: the teacher, a rectified flow on independent pairs of noise and data."""
-    preset = run.preset
-    images, labels = load_images(preset, run.data_dir)
-    images, labels = images.to(run.device), labels.to(run.device) if preset.label_dim else None
+    preset, batch = run.preset, part_of(run.preset.train.batch, run.accumulate)
+    images, labels = read_images(run)
+    stored = images, labels if preset.label_dim else None
 
     def loss(flow, step):
-        i = torch.randint(len(images), (preset.train.batch,), device=run.device)
-        data, y = to_float(images[i]), None if labels is None else labels[i]
+        data, y = fetch(stored, torch.randint(len(images), (batch,)), run.device)
+        data = to_float(data)
         if preset.flip:
             (data,) = flip_together(data)
         return rectified_flow_loss(flow, torch.randn_like(data), data, y)
 
     fit_stage(run, "train", preset.teacher, loss, preset.solver)
 
-PAIRS_BATCH = 500  # pairs per call of the solver; an interrupted run goes on after the last whole batch
+PAIRS_BATCH = 500  # pairs per call of the solver, and per file until all are there
 
 def pairs(run):
-    """Stage 2: the teacher's ODE from each z to its x, kept in pairs.npy; nfe = 0 marks what is to do."""
-    preset = run.preset
-    teacher = load_flow(run.folder / "train" / "ckpt.pt", run.device)
-    store = open_pairs(run, create=True)
-    done = int((store["nfe"] > 0).sum()) // PAIRS_BATCH * PAIRS_BATCH
-    report = progress("pairs", len(store), "pairs", start=done)
-    for start in range(done, len(store), PAIRS_BATCH):
-        seed_all(run.seed, "pairs", start)
-        batch = store[start : start + PAIRS_BATCH]
-        noise = torch.randn(len(batch), *preset.shape).half().float()  # as it is stored
-        y = torch.randint(preset.label_dim, (len(batch),)).to(run.device) if preset.label_dim else None
-        data, nfe = sample(teacher, noise.to(run.device), y=y, **preset.solver)
-        batch["noise"], batch["data"], batch["y"] = noise, data.cpu(), -1 if y is None else y.cpu()
-        store.flush()
-        batch["nfe"] = nfe  # after the flush, so that it vouches for a complete pair
-        store.flush()
-        report(start + len(batch), f"{nfe} evaluations each")
-    save_grid(run.folder / "pairs" / "samples.png", torch.from_numpy(store["data"][:64].copy()))
+    """Stage 2: the teacher's ODE from each z to its x, kept in pairs.npy as float16.
 
-def open_pairs(run, create=False):
-    """pairs.npy as a memory map of records: noise, data (float16 [C, H, W]), y (class or -1), nfe."""
-    path, shape = run.folder / "pairs" / "pairs.npy", run.preset.shape
-    kind = np.dtype([("noise", "f2", shape), ("data", "f2", shape), ("y", "i4"), ("nfe", "i4")])
-    if create and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return np.lib.format.open_memmap(path, "w+", kind, (run.preset.pairs,))
-    try:
-        store = np.load(path, mmap_mode="r+" if create else "r", allow_pickle=False)
-    except (ValueError, EOFError):
-        raise Fault(f"{path} is damaged; `pairs --fresh` makes it anew") from None
-    if store.dtype != kind or (create and len(store) != run.preset.pairs):
-        raise Fault(f"{path} holds {len(store):,} other pairs than asked for; use --fresh or another --out")
-    return store
+    Each batch is a file in pairs/parts, written whole; processes share the batches, and an interrupted run
+    makes those that are missing.
+    """
+    preset, folder = run.preset, run.folder / "pairs"
+    teacher = load_teacher(run)
+    settings = dict(pairs=preset.pairs, solver=preset.solver, seed=run.seed, teacher=run.teacher)
+    note, parts = folder / "settings.json", folder / "parts"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise Fault(f"{folder} was begun with other settings, see {note}; use --fresh or another --out")
+    if RANK == 0:
+        save_safely(note, lambda file: file.write(json.dumps(settings).encode()))
+    starts = range(0, preset.pairs, PAIRS_BATCH)
+    todo = [start for start in starts[RANK::WORLD] if not (parts / f"{start}.npy").exists()]
+    report = progress("pairs", len(todo), "batches", PAIRS_BATCH * WORLD)
+    for done, start in enumerate(todo):
+        n = min(PAIRS_BATCH, preset.pairs - start)
+        seed_all(run.seed, "pairs", start)
+        noise = torch.randn(n, *preset.shape).half().float()  # as it is stored
+        y = torch.randint(preset.label_dim, (n,)).to(run.device) if preset.label_dim else None
+        data, nfe = sample(teacher, noise.to(run.device), y=y, **preset.solver)
+        batch = np.zeros(n, pair_dtype(preset))
+        batch["noise"], batch["data"] = noise, data.cpu()
+        batch["y"], batch["nfe"] = -1 if y is None else y.cpu(), nfe
+        save_safely(parts / f"{start}.npy", partial(np.save, arr=batch))
+        report(done + 1, f"{nfe} evaluations each")
+    barrier()
+    if RANK == 0:
+        chunks = (np.load(parts / f"{start}.npy") for start in starts)
+        write_npy(folder / "pairs.npy", pair_dtype(preset), preset.pairs, chunks)
+        shutil.rmtree(parts)
+        save_grid(folder / "samples.png", load_pairs(run)[1][:64])
+
+def load_teacher(run):
+    """The network that writes the pairs: --teacher's, or that of stage 1."""
+    path, preset = run.teacher or run.folder / "train" / "ckpt.pt", run.preset
+    teacher = load_network(path, run.device)
+    channels, size = teacher.config["channels"], teacher.config["resolution"]
+    made, needed = (channels, size, size, teacher.label_dim), (*preset.shape, preset.label_dim)
+    if made != needed:
+        raise Fault(f"{path} makes images of (C, H, W, classes) {made}; {preset.name} has {needed}")
+    return compiled(teacher, run)
+
+def pair_dtype(preset):
+    """One row of pairs.npy: noise and data [C, H, W], class (or -1), evaluations that the data took."""
+    return np.dtype([("noise", "f2", preset.shape), ("data", "f2", preset.shape), ("y", "i8"), ("nfe", "i8")])
 
 def load_pairs(run):
-    """Noise and data, float16 [N, C, H, W], and classes, int64 [N] or None, on the device."""
-    store = open_pairs(run)
-    columns = [np.ascontiguousarray(store[name]) for name in ("noise", "data")]
-    noise, data = (torch.from_numpy(column).to(run.device) for column in columns)
-    slack = 6 / math.sqrt(noise.numel())  # six standard errors of the mean
-    if abs(noise.float().mean()) > slack or abs(noise.float().std() - 1) > slack:
-        raise Fault(f"the noise in {run.folder}/pairs is not N(0, 1); `pairs --fresh` makes the pairs anew")
-    y = torch.from_numpy(store["y"].astype(np.int64)).to(run.device)
-    return noise, data, y if run.preset.label_dim else None
+    """Noise and data, float16 [N, C, H, W], and classes, int64 [N] or None: on the GPU if they fit there."""
+    path = run.folder / "pairs" / "pairs.npy"
+    with faults(path, "file of pairs"):
+        store = np.load(path, mmap_mode="c")
+        if store.dtype != pair_dtype(run.preset):
+            raise ValueError("images of another size")
+        noise, data, y = (torch.from_numpy(store[name]) for name in ("noise", "data", "y"))
+    some = noise[:10_000].float()
+    slack = 6 / math.sqrt(some.numel())  # six standard errors of the mean
+    if abs(some.mean()) > slack or abs(some.std() - 1) > slack:
+        raise Fault(f"the noise in {path} is not N(0, 1); `pairs --fresh` makes the pairs anew")
+    return resident([noise, data, y if run.preset.label_dim else None], run.device)
 
-def draw_pairs(stored, batch, flip):
+def draw_pairs(run, stored, batch):
     """A random batch (noise, data, y) of the stored pairs, noise and data mirrored together."""
-    i = torch.randint(len(stored[0]), (batch,), device=stored[0].device)
-    noise, data, y = (None if x is None else x[i] for x in stored)
+    noise, data, y = fetch(stored, torch.randint(len(stored[0]), (batch,)), run.device)
     noise, data = noise.float(), data.float()
-    return (*flip_together(noise, data), y) if flip else (noise, data, y)
+    return (*flip_together(noise, data), y) if run.preset.flip else (noise, data, y)
 
 def reflow(run):
     """Stage 3: annealing reflow, from random weights to a small 2-rectified flow."""
-    preset, stored = run.preset, load_pairs(run)
+    preset, stored, batch = run.preset, load_pairs(run), part_of(run.preset.reflow.batch, run.accumulate)
 
     def loss(student, step):
-        noise, data, y = draw_pairs(stored, preset.reflow.batch, preset.flip)
+        noise, data, y = draw_pairs(run, stored, batch)
         beta = anneal_beta(step, preset.anneal, preset.anneal_schedule)
         return rectified_flow_loss(student, annealed_noise(noise, beta), data, y)
 
@@ -803,13 +1241,14 @@ def reflow(run):
 
 def distill(run):
     """Stage 4: flow-guided distillation, from the 2-rectified flow's weights to the one-step generator."""
-    preset, stored, distance = run.preset, load_pairs(run), DISTANCES[run.preset.distance]
+    preset, stored, batch = run.preset, load_pairs(run), part_of(run.preset.distill.batch, run.accumulate)
     flow = load_flow(run.folder / "reflow" / "ckpt.pt", run.device)
     if flow.config | preset.students[preset.student] != flow.config:
         raise Fault(f"{run.folder}/reflow/ckpt.pt is not the {preset.student} student; name its --student")
+    flow, distance = compiled(flow, run), DISTANCES[preset.distance]
 
     def loss(student, step):
-        noise, data, y = draw_pairs(stored, preset.distill.batch, preset.flip)
+        noise, data, y = draw_pairs(run, stored, batch)
         loss = distillation_loss(student, noise, data, distance, y)
         if preset.guidance:
             fresh = torch.randn_like(noise)
@@ -821,28 +1260,38 @@ def distill(run):
 
 ONE_STEP = dict(solver="euler", steps=1)
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
+INPUTS = {"train": (), "pairs": ("train",), "reflow": ("pairs",), "distill": ("pairs", "reflow")}
 
 def finished(run, stage):
-    """Whether a stage has done all the steps (or pairs) that its own files say it was started for."""
+    """Whether a stage has made all the steps (or pairs) that its own files say it was started for."""
     path = run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
-    if not path.exists():
-        return False
-    if stage == "pairs":
-        return bool((open_pairs(run)["nfe"] > 0).all())
+    if stage == "pairs" or not path.exists():
+        return path.exists()
     state = load_checkpoint(path)
     return state["step"] >= state["steps"]
 
+def unfinished(run, stage):
+    """The stages to run for this one, in order: itself and what it needs, where results are missing."""
+    if finished(run, stage):
+        return []
+    inputs = () if stage == "pairs" and run.teacher else INPUTS[stage]
+    return list(dict.fromkeys([name for need in inputs for name in unfinished(run, need)] + [stage]))
+
 def run_stages(run, last, asked=False):
-    """Run the stages up to `last` that are not finished; `last` in any case if its numbers were asked for."""
-    at = list(STAGES).index(last) + 1
-    todo = [name for name in list(STAGES)[:at] if not finished(run, name) or (asked and name == last)]
+    """Run a stage and what it needs, where not finished; `last` in any case if its numbers were asked for."""
+    todo = unfinished(run, last) or [last] * asked
     if todo:
-        print(f"plan: {' -> '.join(todo)}, into {run.folder}, on {run.device}")
+        print(f"plan: {' -> '.join(todo)}, into {run.folder}, on {WORLD} x {run.device}")
     else:
         print(f"{last} is finished, see {run.folder / last}; --fresh starts it over")
+    run.folder.mkdir(parents=True, exist_ok=True)  # if this fails, it should before the first step
+    if "distill" in todo and run.preset.distance == "lpips":
+        lpips_network(run.device)  # better to miss it now than after days
     for name in todo:
         STAGES[name](run)
-    later = [name for name in list(STAGES)[at:] if (run.folder / name).exists()]
+        barrier()
+    names = list(STAGES)
+    later = [name for name in names[names.index(last) + 1 :] if (run.folder / name).exists()]
     if todo and later:
         print(f"note: {', '.join(later)} in {run.folder} were made before this; --fresh makes them anew")
 
@@ -864,23 +1313,27 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
     In float64, through symmetric matrices: tr (cov1 cov2)^(1/2) = tr (S cov2 S)^(1/2) with S = cov1^(1/2).
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, cov1, mu2, cov2))
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (mu1, cov1, mu2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     s = vectors * values.clamp(min=0).sqrt() @ vectors.T
     root_trace = torch.linalg.eigvalsh(s @ cov2 @ s).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root_trace).item()
 
-def moments(features):
-    """Mean [d] and covariance [d, d] of features [N, d], in float64."""
-    n, d = features.shape
-    if n <= d:
-        raise Fault(f"a Frechet distance in {d} features needs at least {d + 1} images, not {n}")
-    return features.double().mean(dim=0), features.double().T.cov()
+def moments(batches):
+    """Mean [d] and covariance [d, d], in float64, of features [n, d] that come batch by batch."""
+    n, total, outer = 0, 0.0, 0.0
+    for features in batches:
+        features = features.double()
+        n, total, outer = n + len(features), total + features.sum(dim=0), outer + features.T @ features
+    if n <= len(total):
+        raise Fault(f"a Frechet distance in {len(total)} features needs {len(total) + 1} images, not {n}")
+    mu = total / n
+    return mu, (outer - n * mu.outer(mu)) / (n - 1)
 
 def straightness(flow, noise, steps=20, y=None):
     """Mean of |x_1 - x_0 - v(x_t, t)|^2 over elements and Euler's path: 0 if all paths are straight lines."""
     path = [x for _, x in euler(flow, noise, steps, y)]
-    velocities = [(after - before) * steps for before, after in zip(path, path[1:])]
+    velocities = [(after - before) * steps for before, after in itertools.pairwise(path)]
     return statistics.mean((path[-1] - path[0] - v).square().mean().item() for v in velocities)
 
 def count_parameters(net):
@@ -890,22 +1343,16 @@ def count_parameters(net):
 @torch.no_grad()
 def count_macs(net, shape):
     """Multiply-accumulates of all convolutions and linear layers for one image of shape (C, H, W)."""
-    macs = 0
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def hook(layer, inputs, output):
-        nonlocal macs
-        macs += output.numel() * layer.weight[0].numel()
-
-    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    handles = [layer.register_forward_hook(hook) for layer in layers]
     device = next(net.parameters()).device
-    net(torch.zeros(1, *shape, device=device), torch.ones(1, device=device))
-    for handle in handles:
-        handle.remove()
-    return macs
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, *shape, device=device), torch.full((1,), 0.5, device=device))
+    aten, flops = torch.ops.aten, counter.get_flop_counts()["Global"]  # bmm, in the attention, does not count
+    return sum(flops.get(op, 0) for op in (aten.convolution, aten.addmm, aten.mm)) // 2
 
 def digit_features(run, images, labels):
-    """A function [N, 1, 8, 8] -> [N, 64]: a digit classifier's features, trained once with a fixed seed."""
+    """A function uint8 [n, 1, 8, 8] -> [n, 64]: a digit classifier's features, trained once, fixed seed."""
     seed_all(0, "classifier, weights", 0)
     net = nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
@@ -913,17 +1360,37 @@ def digit_features(run, images, labels):
     ).to(run.device)  # fmt: skip
 
     def loss(net, step):
-        i = torch.randint(len(images), (128,), device=run.device)
-        data = to_float(images[i])
-        return F.cross_entropy(net(data + 0.1 * torch.randn_like(data)), labels[i])
+        data, y = fetch((images, labels), torch.randint(len(images), (128,)), run.device)
+        data = to_float(data)
+        return F.cross_entropy(net(data + 0.1 * torch.randn_like(data)), y)
 
     schedule = Schedule(steps=600, lr=1e-3, warmup=0, decay=0.3, ema=0.99)
-    return torch.no_grad()(fit(net, loss, schedule, 0, "classifier", run.folder / "classifier")[:6])
+    features = fit(net, loss, schedule, 0, "classifier", run.folder / "classifier")[:6]
+    return torch.no_grad()(lambda pictures: features(to_float(pictures)))
 
-def generate(flow, noise, solver, y=None, batch=500):
-    """Images for any number of noises, `batch` at a time."""
-    classes = y.split(batch) if y is not None else [None] * len(noise)
-    return torch.cat([sample(flow, z, y=c, **solver)[0] for z, c in zip(noise.split(batch), classes)])
+def inception_features(device):
+    """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity."""
+    package = import_optional("torch_fidelity.feature_extractor_inceptionv3")
+    try:
+        net = package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+    except (OSError, RuntimeError):
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise Fault(f"cannot download Inception; put {package.URL_INCEPTION_V3} into {folder}") from None
+    return torch.no_grad()(lambda pictures: net(pictures)[0])
+
+def reference(path, given, features_of, images):
+    """Moments of the real images' features: of the npz that is given, else computed once, kept at `path`."""
+    if not given and not path.exists():
+        mu, sigma = moments(map(features_of, images.split(500)))
+        save_safely(path, lambda file: np.savez(file, mu=mu.cpu(), sigma=sigma.cpu()))
+    with faults(given or path, "npz with mu and sigma"), np.load(given or path) as file:
+        return file["mu"], file["sigma"]
+
+def generate(flow, noise, y, solver, batch=500):
+    """Images for any number of noises [N, C, H, W], `batch` at a time: yields them as uint8."""
+    classes = y.split(batch) if y is not None else itertools.repeat(None)
+    for z, c in zip(noise.split(batch), classes):
+        yield to_uint8(sample(flow, z, y=c, **solver)[0])
 
 ROWS = (  # of the table and of summary.png: name, stage whose network it is, solver
     ("teacher, precise", "train", None),  # the solver that wrote the pairs
@@ -932,45 +1399,51 @@ ROWS = (  # of the table and of summary.png: name, stage whose network it is, so
     ("student, 1 step", "distill", ONE_STEP),
 )
 
-def evaluate(run, count=5_000):
+def evaluate(run, given=None):
     """Print the table of the finished stages, and draw summary.png: the same noise through each of them."""
-    preset = run.preset
-    rows = [row for row in ROWS if finished(run, row[1])]
+    preset, note = run.preset, run.folder / "pairs" / "settings.json"
+    made = json.loads(note.read_text()) if note.exists() else dict(teacher=None, solver=preset.solver)
+    run = replace(run, teacher=made["teacher"])
+    rows = [row for row in ROWS if finished(run, row[1]) or (run.teacher and row[1] == "train")]
     if not rows:
         raise Fault(f"{run.folder} holds no finished stage; run `python slimflow.py train` first")
-    images, labels = (x.to(run.device) for x in load_images(preset, run.data_dir))
-    features = digit_features(run, images, labels)
-    real = features(to_float(images))
-    noise, y = fixed_noise(run, count, seed=4321)  # noise that no stage was trained on
-    table = [("stage", "parameters", "MACs", "NFE", "Frechet", "images", "straightness", "ms/image")]
+    images, labels = read_images(run)
+    digits = preset.name == "digits"
+    features = digit_features(run, images, labels) if digits else inception_features(run.device)
+    real = reference(run.folder / "reference.npz", given, lambda x: features(x.to(run.device)), images)
+    noise, y = fixed_noise(run, preset.samples, seed=4321)  # noise that no stage was trained on
+    distance = "Frechet" if digits else "FID"
+    table = [("stage", "parameters", "MACs", "NFE", distance, "images", "straightness", "ms/image")]
     strips = []
     for name, stage, solver in rows:
-        flow = load_flow(run.folder / stage / "ckpt.pt", run.device)
-        strip, nfe = sample(flow, noise[:12], **(solver or preset.solver))
+        path = run.folder / stage / "ckpt.pt"
+        flow = load_teacher(run) if stage == "train" else load_flow(path, run.device)
+        strip, nfe = sample(flow, noise[:12], y=y if y is None else y[:12], **(solver or made["solver"]))
         if solver is None and finished(run, "pairs"):  # what is stored need not be sampled again
-            x, nfe = load_pairs(run)[1][:count].float(), int(open_pairs(run)["nfe"][0])
+            stored = load_pairs(run)[1][: preset.samples]
+            count, pictures = len(stored), (to_uint8(x.to(run.device).float()) for x in stored.split(500))
         else:
-            x = generate(flow, noise, solver or preset.solver, y)
-        seen = features(to_float(to_uint8(x)))  # as the real ones: clipped, in 256 levels
-        distance = frechet_distance(*moments(seen), *moments(real))
-        sizes = f"{count_parameters(flow):,}", f"{count_macs(flow, preset.shape) / 1e6:.1f}M"
-        bend = f"{straightness(flow, noise[:500]):.4f}"
-        ms = nfe * seconds_per(partial(one_step, flow, noise[:500]), run.device) / 500 * 1e3
-        table.append((name, *sizes, nfe, f"{distance:.2f}", f"{len(x):,}", bend, f"{ms:.3f}"))
-        strips.append((f"{name}\n{nfe} NFE, Frechet {distance:,.0f}", grid(strip, 12)))
-    half = len(real) // 2
-    table.append(("real half/half", "", "", "", f"{halves_distance(real):.2f}", f"{half:,}", "", ""))
+            count, pictures = len(noise), generate(flow, noise, y, solver or made["solver"])
+        fid = frechet_distance(*moments(map(features, pictures)), *real)
+        sizes = f"{count_parameters(flow):,}", f"{count_macs(flow, preset.shape) / 1e6:,.1f}M"
+        bend = f"{straightness(flow, noise[:100], y=y if y is None else y[:100]):.4f}"
+        ms = nfe * seconds_per(partial(one_step, flow, noise[:100]), run.device) / 100 * 1e3
+        table.append((name, *sizes, nfe, f"{fid:.2f}", f"{count:,}", bend, f"{ms:.3f}"))
+        strips.append((f"{name}\n{nfe} NFE, {distance} {fid:,.0f}", grid(strip, 12)))
+    if digits:
+        half = f"{halves_distance(features(images)):.2f}"
+        table.append(("real half/half", "", "", "", half, f"{len(images) // 2:,}", "", ""))
     print_table(table)
     draw_summary(run.folder / "summary.png", strips)
-    print(f"picture: {run.folder / 'summary.png'}")
+    print(f"{distance} against {given or f'{len(images):,} real images'}; picture: {run.folder}/summary.png")
 
 def halves_distance(features, splits=10):
     """Mean Frechet distance between random halves of the real images, the scale of the table."""
     distances = []
     for seed in range(splits):
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-        one, other = order.chunk(2)
-        distances.append(frechet_distance(*moments(features[one]), *moments(features[other])))
+        one, other = (moments([features[half]]) for half in order.chunk(2))
+        distances.append(frechet_distance(*one, *other))
     return statistics.mean(distances)
 
 def print_table(rows):
@@ -992,9 +1465,9 @@ def draw_summary(path, strips):
     save_safely(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 def seconds_per(work, device, repeats=5):
-    """Median seconds of a call, after one to warm up."""
+    """Median seconds of a call, after one to warm up; of fewer calls where they are slow."""
     seconds = []
-    for _ in range(repeats + 1):
+    while len(seconds) < 2 or (len(seconds) <= repeats and sum(seconds) < 20):
         began = time.perf_counter()
         work()
         if device == "cuda":
@@ -1002,30 +1475,68 @@ def seconds_per(work, device, repeats=5):
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 
+def peak_memory(device):
+    """Most bytes in use so far, on the GPU or by the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+NFE = 150  # evaluations that `bench` assumes for a pair by RK45
+
 def bench(run, batch):
-    """Training speed of the student on random images, as a share of this machine's matmul rate."""
+    """Speed of each stage on random images, its share of the matmul rate, and its schedule's hours."""
     preset, device = run.preset, run.device
-    net = build(preset.students[preset.student], device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    data = torch.randn(batch, *preset.shape, device=device)
+    configs = preset.teacher, preset.students[preset.student]
+    teacher, student = (build(config, device).eval() for config in configs)
+    teacher_macs, student_macs = (count_macs(net, preset.shape) for net in (teacher, student))
+    for net, macs in ((teacher, teacher_macs), (compiled(student, run), student_macs)):
+        print(f"{preset.name}: {count_parameters(net):,} parameters, {macs / 1e6:,.1f}M MACs")
+    compiled(teacher, run)
+    data, noise = torch.randn(2, batch, *preset.shape, device=device)
     y = torch.randint(preset.label_dim, (batch,), device=device) if preset.label_dim else None
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # one precision for both rates
-    n = 8192 if device == "cuda" else 2048
-    a = torch.randn(n, n, device=device)
+    distance = DISTANCES[preset.distance]
 
-    def step():
-        update(net, ema, optimizer, rectified_flow_loss(net, torch.randn_like(data), data, y), 0.999)
+    def flow_loss(net, step):
+        return rectified_flow_loss(net, torch.randn_like(data), data, y)
 
-    before = seconds_per(lambda: a @ a, device)
-    seconds = seconds_per(step, device)
-    rate = 4 * n**3 / (before + seconds_per(lambda: a @ a, device))  # operations per second
-    macs = count_macs(net, preset.shape)
-    work = 6 * macs * batch / seconds  # an addition and a multiplication, forward and twice that backward
-    print(f"{preset.name} {preset.student}: {count_parameters(net):,} parameters, {macs / 1e6:,.1f}M MACs")
-    print(f"matmul    {rate / 1e9:,.0f} GFLOP/s, {n} x {n}, float32, {device}")
-    print(f"training  {work / 1e9:,.0f} GFLOP/s, {work / rate:.0%} of matmul")
-    print(f"          {batch / seconds:,.1f} images/s, batch {batch}")
+    def student_loss(net, step):
+        guidance = guidance_loss(net, student, torch.randn_like(data), distance, y=y)
+        return distillation_loss(net, noise, data, distance, y) + guidance
+
+    def training(config, loss_fn):
+        net = build(config, device).train()
+        ema, optimizer = copy.deepcopy(net), torch.optim.Adam(net.parameters(), fused=True)
+        compiled(net, run)
+        return lambda: (backward(net, loss_fn, 0, "bench", 0), update(net, ema, optimizer, 0.999))
+
+    def sampling(net):
+        return torch.no_grad()(lambda: one_step(net, noise, y))
+
+    work = [plan.steps * plan.batch for plan in (preset.train, preset.reflow, preset.distill)]
+    jobs = (  # name, maker of a call and its arguments, MACs of an image (backward: twice), images in all
+        ("train", training, (configs[0], flow_loss), 3 * teacher_macs, work[0]),
+        ("pairs, per evaluation", sampling, (teacher,), teacher_macs, NFE * preset.pairs),
+        ("reflow", training, (configs[1], flow_loss), 3 * student_macs, work[1]),
+        ("distill", training, (configs[1], student_loss), 8 * student_macs, work[2]),
+        ("sample, one step", sampling, (student,), student_macs, preset.samples),
+    )
+    n, low = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=low)
+    table = [("stage", "images/s", "GFLOP/s", "of matmul", "peak GiB", "images", "hours")]
+    for name, make, arguments, macs, images in jobs:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        call = make(*arguments)
+        before, seconds = seconds_per(lambda: a @ a, device), seconds_per(call, device)
+        matmul = 4 * n**3 / (before + seconds_per(lambda: a @ a, device))  # operations per second
+        rate, peak = 2 * macs * batch / seconds, f"{peak_memory(device) / 2**30:.1f}"
+        cells = f"{batch / seconds:,.1f}", f"{rate / 1e9:,.0f}", f"{rate / matmul:.0%}", peak, f"{images:,}"
+        table.append((name, *cells, f"{images * seconds / batch / 3600:,.1f}"))
+    print_table(table)
+    print(f"matmul: {matmul / 1e9:,.0f} GFLOP/s, {n} x {n}, {str(low)[6:]}, {device}; batch {batch}")
+    print(f"torch {torch.__version__}; distance {preset.distance}; hours of pairs: for {NFE} NFE each")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1060,28 +1571,31 @@ COMMANDS = {
     "distill": "stage 4: flow-guided distillation into one step",
     "sample": "images from a checkpoint",
     "eval": "table and summary.png of the finished stages",
-    "bench": "training speed on random images",
+    "bench": "speed of each stage on random images, and the hours that its schedule takes",
 }
 RUNS = "all train pairs reflow distill"
 COUNT, WHOLE, REAL = number(int, 1), number(int, 0), number(float, 0)
 FLAGS = (  # flag, commands that take it, arguments of add_argument; those without a default change the preset
     ("--dataset", RUNS + " eval bench", dict(choices=PRESETS, default="digits", help="default: digits")),
     ("--out", RUNS + " eval", dict(default="runs", help="folder for <dataset>/<stage>/; default: runs")),
-    ("--data-dir", RUNS + " eval", dict(help="folder of the images; default: that of slimflow.py")),
+    ("--data-dir", RUNS + " eval", dict(help="images: CIFAR-10's folder, or a folder or zip of pictures")),
     ("--device", RUNS + " eval sample bench", dict(choices=("cpu", "cuda"), help="default: cuda if there")),
     ("--seed", RUNS + " sample", dict(type=WHOLE, help="default: 0")),
-    ("--save-every", RUNS, dict(type=REAL, default=60.0, help="seconds between checkpoints; default: 60")),
     ("--fresh", RUNS, dict(action="store_true", help="start over; the old folder becomes <stage>.old1")),
-    ("--student", "all reflow distill bench", dict(help="digits: 0.19M; cifar10: 15.7M, ...")),
+    ("--teacher", "all pairs reflow distill", dict(help="a .pkl of EDM, or a ckpt.pt, to write the pairs")),
+    ("--student", "all reflow distill bench", dict(help=f"sizes: {', '.join(SIZES)}")),
     ("--steps", "train reflow distill", dict(type=COUNT, help="optimizer steps")),
     ("--lr", "train reflow distill", dict(type=REAL, help="Adam's learning rate")),
     ("--batch", "train reflow distill bench", dict(type=COUNT, help="images per step")),
+    ("--accumulate", "all train reflow distill", dict(type=COUNT, default=1, help="passes per batch")),
+    ("--no-compile", RUNS + " bench", dict(action="store_true", help="do not use torch.compile on CUDA")),
     ("--anneal", "reflow", dict(type=WHOLE, help="steps until b = 0; 0: plain reflow")),
     ("--anneal-schedule", "reflow", dict(choices=("linear", "cosine", "exponential"), help="how fast")),
     ("--guidance", "distill", dict(type=REAL, help="weight of the guidance; 0 is naive distillation")),
-    ("--distance", "distill", dict(choices=DISTANCES, help="D of the losses")),
-    ("--ckpt", "sample", dict(required=True, help="a ckpt.pt")),
-    ("--n", "pairs sample", dict(type=COUNT, help="how many; sample: 64")),
+    ("--distance", "distill bench", dict(choices=DISTANCES, help="D of the losses; bench: l2")),
+    ("--ckpt", "sample", dict(required=True, help="a ckpt.pt, a .pth of the authors or a .pkl of EDM")),
+    ("--n", "pairs sample eval", dict(type=COUNT, help="how many; sample: 64")),
+    ("--ref", "eval", dict(help="npz with mu and sigma; default: those of the training images, kept")),
     ("--solver", "pairs sample", dict(choices=SOLVERS, help="sample: 1 step if distilled, else rk45")),
     ("--steps", "pairs sample", dict(type=COUNT, help="steps of euler and heun")),
     ("--png", "sample", dict(default="samples.png", help="picture to write; default: samples.png")),
@@ -1116,9 +1630,14 @@ def changed(preset, args):
     if args.command in ("train", "reflow", "distill"):
         schedule = {name: given[name] for name in ("steps", "lr", "batch") if name in given}
         changes |= {args.command: replace(getattr(preset, args.command), **schedule)} if schedule else {}
-    if args.command == "pairs":
-        changes |= {"pairs": args.n} if args.n else {}
-        changes |= {"solver": solver_options(args)} if args.solver or args.steps else {}
+    if args.command == "eval" and args.n:
+        changes["samples"] = args.n
+    if args.command == "pairs" and args.n:
+        changes["pairs"] = args.n
+    if args.command == "pairs" and (args.solver or args.steps):
+        changes["solver"] = solver_options(args)
+    elif str(given.get("teacher")).endswith(".pkl"):
+        return replace(preset, solver=dict(solver="edm", steps=preset.edm_steps), **changes), bool(changes)
     return replace(preset, **changes), bool(changes)
 
 def solver_options(args):
@@ -1129,21 +1648,27 @@ def solver_options(args):
         return RK45
     raise Fault("--solver euler and --solver heun need --steps, rk45 takes none")
 
+def default_solver(path, flow):
+    """One step for what was distilled, EDM's own sampler for its networks, else the authors' RK45."""
+    if isinstance(flow, EDMTeacher):
+        return dict(solver="edm", steps=18)
+    distilled = Path(path).suffix == ".pth" or load_checkpoint(path)["settings"]["stage"] == "distill"
+    return ONE_STEP if distilled else RK45
+
 def sample_command(args):
     """Images from a checkpoint, as a picture of up to 64 and, with --npz, as an array of all."""
-    flow, n = load_flow(args.ckpt, args.device), args.n or 64
-    default = ONE_STEP if load_checkpoint(args.ckpt)["settings"]["stage"] == "distill" else RK45
-    solver = solver_options(args) if args.solver or args.steps else default
+    flow, n = load_network(args.ckpt, args.device), args.n or 64
+    solver = solver_options(args) if args.solver or args.steps else default_solver(args.ckpt, flow)
     seed_all(args.seed or 0, "sample", 0)
     size, classes = flow.config["resolution"], flow.label_dim
     noise = torch.randn(n, flow.config["channels"], size, size).to(args.device)
     y = torch.randint(classes, (n,)).to(args.device) if classes else None
-    images = generate(flow, noise, solver, y)
-    save_grid(Path(args.png), images[:64])
+    images = torch.cat([x.cpu() for x in generate(flow, noise, y, solver)])
+    save_grid(Path(args.png), to_float(images[:64]))
     how = ", ".join(f"{name} {value}" for name, value in solver.items())
     print(f"{args.png}: {min(n, 64)} of {n} images, {how}")
     if args.npz:
-        array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+        array = images.permute(0, 2, 3, 1).numpy()
         save_safely(Path(args.npz), lambda file: np.savez(file, arr_0=array))
 
 def command(args):
@@ -1151,24 +1676,44 @@ def command(args):
     if args.command == "sample":
         return sample_command(args)
     preset, asked = changed(PRESETS[args.dataset], args)
+    compile = args.device == "cuda" and preset.name != "digits" and not getattr(args, "no_compile", True)
+    run = Run(preset, Path(getattr(args, "out", "")) / preset.name, args.device, compile=compile)
     if args.command == "bench":
-        batch = args.batch or (preset.train.batch if args.device == "cuda" else 16)
-        return bench(Run(preset, Path(), args.device), batch)
-    run = Run(preset, Path(args.out) / preset.name, args.device, data_dir=args.data_dir)
+        run = replace(run, preset=replace(preset, distance=args.distance or "l2"))  # needs no weights
+        return bench(run, args.batch or (preset.train.batch if args.device == "cuda" else 4))
+    run = replace(run, data_dir=args.data_dir)
     if args.command == "eval":
-        return evaluate(run)
-    run = replace(run, seed=args.seed or 0, save_every=args.save_every)
+        return evaluate(run, args.ref)
+    run = replace(run, seed=args.seed or 0)
+    run = replace(run, teacher=getattr(args, "teacher", None), accumulate=getattr(args, "accumulate", 1))
     last = "distill" if args.command == "all" else args.command
-    if args.fresh:
+    if args.fresh and RANK == 0:
         set_aside(run, "train" if args.command == "all" else last)
+    barrier()
     run_stages(run, last, last == args.command and (asked or args.seed is not None))
-    if args.command == "all":
+    if args.command == "all" and RANK == 0:
         evaluate(run)
+
+def join():
+    """Join the other processes of a torchrun, of which only the first prints; the store that they share."""
+    store, *_ = next(dist.rendezvous("env://"))
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    options = dict(store=store, rank=RANK, world_size=WORLD, timeout=timedelta(days=1))  # images may be read
+    dist.init_process_group(backend, **options)
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process
+    return store
 
 def main(argv=None):
     """Run the command line and return the exit status: a Fault is one line on stderr and status 2."""
+    store = join() if WORLD > 1 else None
     try:
         command(parse(sys.argv[1:] if argv is None else argv))
+        if store:
+            dist.destroy_process_group()
         return 0
     except Fault as fault:
         message, status = str(fault), 2
@@ -1181,7 +1726,8 @@ def main(argv=None):
         message, status = "interrupted; the same command continues from the last checkpoint", 130
     if sys.stdout.isatty():
         print()  # end the live line
-    print(f"slimflow: {message}", file=sys.stderr)
+    if not store or store.add("failed", 1) == 1:  # of several processes, the first to fail speaks
+        print(f"slimflow: {message}", file=sys.stderr)
     return status
 
 if __name__ == "__main__":
