@@ -685,10 +685,18 @@ def sample(flow, noise, solver="rk45", y=None, **options):
 # ------------------------------------------------------------------------------------------------------------
 # 6. Teachers and checkpoints: files are read as plain tensors; nothing in them is ever executed
 
-def build(config, device="cpu"):
-    """A UNet in the memory layout that is fastest for it: channels last, except for tiny images."""
+def blueprint(config):
+    """A UNet whose weights have shapes, but take no memory and no time."""
+    with torch.device("meta"):
+        return UNet(**config)
+
+def build(config, device="cpu", weights=None):
+    """A UNet with random weights, or these, in its fastest layout: channels last, but for tiny images."""
+    net = UNet(**config) if weights is None else blueprint(config)
+    if weights is not None:
+        net.load_state_dict(weights, assign=True)
     layout = torch.channels_last if config["resolution"] > 8 else torch.contiguous_format
-    return UNet(**config).to(device, memory_format=layout)
+    return net.to(device, torch.float32, memory_format=layout)
 
 @contextlib.contextmanager
 def faults(path, what, remedy="name another, or use --fresh"):
@@ -713,9 +721,7 @@ def load_checkpoint(path, entries=("step", "steps", "settings", "model", "ema", 
 
 def frozen(config, weights, device):
     """The UNet of these weights, in eval mode."""
-    net = build(config, device)
-    net.load_state_dict(weights)
-    return net.eval().requires_grad_(False)
+    return build(config, device, weights).eval().requires_grad_(False)
 
 def load_flow(path, device="cpu"):
     """The averaged (EMA) network of a checkpoint of ours, frozen, in eval mode."""
@@ -726,15 +732,15 @@ def load_flow(path, device="cpu"):
 class EDMTeacher(nn.Module):
     """EDM's denoiser D(x; sigma), a preconditioned UNet; called, it is the same model's flow v(x, t)."""
 
-    def __init__(self, net, sigma_data=0.5):
+    def __init__(self, net):
         super().__init__()
-        self.net, self.sigma_data = net, sigma_data
-        self.config, self.label_dim = net.config, net.label_dim
+        self.net, self.config, self.label_dim = net, net.config, net.label_dim
 
     def denoise(self, x, sigma, y=None):
         """Estimate of the images in x = image + sigma e, [B, C, H, W], sigma [B] (EDM, Table 1): like x."""
-        s, total = sigma.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1) ** 2 + self.sigma_data**2
-        c_skip, c_out, c_in = self.sigma_data**2 / total, s * self.sigma_data / total.sqrt(), total.rsqrt()
+        s, sigma_data = sigma.reshape(-1, 1, 1, 1), 0.5  # standard deviation of noise, of data
+        total = s**2 + sigma_data**2
+        c_skip, c_out, c_in = sigma_data**2 / total, s * sigma_data / total.sqrt(), total.rsqrt()
         return c_skip * x + c_out * self.net(c_in * x, sigma.log() / 4, y)
 
     def forward(self, x, t, y=None):
@@ -797,35 +803,35 @@ def tensor(record, shape):
         record = record.args[0]
     storage, offset, size, stride = record.args[:4]
     (blob,) = storage.args
-    if tuple(size) != tuple(shape) or len(blob) > 8 * math.prod(shape) + 4096 or blob[:2] == b"PK":
+    n = math.prod(shape)
+    if tuple(size) != tuple(shape) or not 2 * n <= len(blob) <= 8 * n + 4096 or blob[:2] == b"PK":
         raise ValueError(f"a tensor is not of shape {tuple(shape)}")
     storage = torch.load(io.BytesIO(blob), weights_only=True)
-    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride).float()
+    flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+    return flat.as_strided(size, stride, offset).float()  # fails where the storage is too short
 
 def load_edm(path, device="cpu"):
     """The EMA network of a .pkl of NVIDIA's EDM (DDPM++ or ADM), frozen: an EDMTeacher.
 
     Such files are pickles that carry source code. Nothing in them is run: numbers and tensors are picked out.
     """
-    with faults(path, "network of EDM's DDPM++ or ADM"):
+    with faults(path, "network of EDM's DDPM++ or ADM", "name another file"):
         outer = InertUnpickler(io.BytesIO(Path(path).read_bytes())).load()["ema"]
-        if outer.args[0]["class_name"] != "EDMPrecond":
+        if outer.args[0]["class_name"] != "EDMPrecond" or attributes(outer)["sigma_data"] != 0.5:
             raise ValueError("its preconditioning is another")
         inner = attributes(outer)["_modules"]["model"]
         config = edm_config(inner.args[0]["class_name"], attributes(inner)["_init_kwargs"])
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in UNet(**config).named_parameters()}
         weights = {}
-        for name, shape in shapes.items():
+        for name, p in blueprint(config).named_parameters():
             *parents, leaf = name.split(".")
             node = attributes(inner)
             for parent in parents:
                 node = attributes(node["_modules"][parent])
-            weights[name] = tensor(node["_parameters"][leaf], shape)
+            weights[name] = tensor(node["_parameters"][leaf], p.shape)
             box = node["_buffers"].get("resample_filter")
             if box is not None and (tensor(box, (1, 1, 2, 2)) != 0.25).any():
                 raise ValueError("it does not resample by 2x2 boxes")
-        return EDMTeacher(frozen(config, weights, device), float(attributes(outer)["sigma_data"]))
+        return EDMTeacher(frozen(config, weights, device))
 
 EDM_NETWORKS = {  # their default arguments
     "SongUNet": dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16]),
@@ -842,9 +848,10 @@ def edm_config(name, given):
     config |= dict(resolution=given["img_resolution"], channels=given["in_channels"])
     config |= dict(label_dim=given.get("label_dim", 0), kind="adm" if name == "DhariwalUNet" else "ddpm++")
     other = [option for option, value in EDM_FIXED.items() if given.get(option, value) != value]
-    sizes = [config["resolution"], config["channels"], config["model_channels"], config["label_dim"]]
-    levels = config["channel_mult"]
-    if other or max(*sizes, *levels, 50 * config["num_blocks"], 100 * len(levels)) > 1024:
+    levels, width = config["channel_mult"], config["model_channels"]
+    sizes = [config["resolution"], config["channels"], width, *levels, 50 * config["num_blocks"], 1024]
+    even = config["resolution"] % 2 ** len(levels) == 0 and (config["kind"] == "ddpm++" or width % 64 == 0)
+    if other or min(sizes) < 1 or max(sizes) > 1024 or not 0 < len(levels) < 10 or not even:
         raise ValueError(f"unknown {', '.join(other) or 'sizes'}")
     return config | dict(time_scale=1.0)  # the network's time is ln(sigma) / 4
 
@@ -855,22 +862,21 @@ def load_slimflow_official(path, device="cpu"):
     [in, out] for q, k, v and the output, where ours has 1x1 convolutions, q, k, v interleaved by channel.
     """
     state = load_checkpoint(path, ("model", "ema"))
-    with faults(path, "network of SlimFlow's authors"):
+    with faults(path, "network of SlimFlow's authors", "name another file"):
         names = [name.split("all_modules.")[1] for name in state["model"] if "all_modules." in name]
         given = state["ema"]["shadow_params"]
         config = official_config(dict(zip(names, given, strict=True)))
-        with torch.device("meta"):
-            ours = [name for name, _ in UNet(**config).named_parameters() if not name.endswith("qkv.bias")]
         given, weights = iter(given), {}
-        for name in ours:
+        for name, _ in blueprint(config).named_parameters():
             if name.endswith("qkv.weight"):
                 q, q_bias, k, k_bias, v, v_bias = itertools.islice(given, 6)
-                weights[name] = torch.stack([q.T, k.T, v.T], dim=1).flatten(0, 1)[:, :, None, None]
-                bias = torch.stack([q_bias, k_bias, v_bias], dim=1).flatten()
-                weights[name.replace("weight", "bias")] = bias
+                weights[name] = torch.stack([q.t(), k.t(), v.t()], dim=1).flatten(0, 1)[:, :, None, None]
+            elif name.endswith("qkv.bias"):
+                weights[name] = torch.stack([q_bias, k_bias, v_bias], dim=1).flatten()
+            elif name.endswith("proj.weight"):
+                weights[name] = next(given).t()[:, :, None, None]
             else:
-                value = next(given)
-                weights[name] = value.T[:, :, None, None] if name.endswith("proj.weight") else value
+                weights[name] = next(given)
         if list(given):
             raise ValueError("it has more tensors than the network")
         return frozen(config, weights, device)

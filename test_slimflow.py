@@ -3,10 +3,20 @@
 Reference numbers were recorded from EDM's networks, SciPy's RK45 and a Frechet distance in float64.
 """
 
+import hashlib
+import io
+import json
 import math
+import os
+import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
+import types
+import warnings
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import slimflow as sf
 import toy2d
@@ -88,18 +99,15 @@ PAPER = [  # network, image size, parameters, MACs of convolutions and linear la
 
 @pytest.mark.parametrize("config, params, macs", [row[1:] for row in PAPER], ids=[row[0] for row in PAPER])
 def test_networks_have_the_published_sizes(config, params, macs):
-    with torch.device("meta"):
-        net = sf.UNet(**config)
-        assert sf.count_parameters(net) == params
-        shape = (3, config["resolution"], config["resolution"])
-        assert sf.count_macs(net, shape) == pytest.approx(macs, rel=1e-3)
+    net, shape = sf.blueprint(config), (3, config["resolution"], config["resolution"])
+    assert sf.count_parameters(net) == params
+    assert sf.count_macs(net, shape) == pytest.approx(macs, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", sf.PRESETS)
 def test_students_have_the_size_that_names_them(name):
     for size, config in sf.PRESETS[name].students.items():
-        with torch.device("meta"):
-            millions = sf.count_parameters(sf.UNet(**config)) / 1e6
+        millions = sf.count_parameters(sf.blueprint(config)) / 1e6
         assert f"{millions:.{len(size.split('.')[1]) - 1}f}M" == size
 
 
@@ -387,6 +395,174 @@ def test_grid_keeps_the_order_of_images():
     assert (picture[138:, 138:] == 255).all()
 
 
+def little(name, n, label_dim=0):
+    """A paper preset with images of n x n."""
+    return replace(sf.PRESETS[name], shape=(3, n, n), label_dim=label_dim)
+
+
+def png(array):
+    """An image file as bytes."""
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def colours(seed, *shape):
+    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+
+
+def zipped(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
+def test_images_come_from_a_zip_of_edms_and_from_a_folder_alike(tmp_path, capsys):
+    pictures = {f"0000{i % 2}/img{i:08}.png": colours(i, 8, 8, 3) for i in range(5)}
+    labels = [[name, 2 - i % 2] for i, name in enumerate(pictures)]
+    files = {name: png(x) for name, x in pictures.items()}
+    zipped(tmp_path / "edm.zip", files | {"dataset.json": json.dumps(dict(labels=labels[::-1]))})
+    images, y = sf.load_images(little("imagenet64", 8, 3), tmp_path / "edm.zip")
+    by_name = sorted(pictures)
+    assert images.dtype == torch.uint8 and images.shape == (5, 3, 8, 8)
+    assert (images.permute(0, 2, 3, 1).numpy() == [pictures[name] for name in by_name]).all()
+    assert y.tolist() == [dict(labels)[name] for name in by_name] and y.dtype == torch.int64
+    assert "decode" in capsys.readouterr().out
+    assert np.load(tmp_path / "edm.zip.8x8.npy", mmap_mode="r").shape == (5,)
+    for name, data in files.items():
+        path = tmp_path / "folder" / name.replace("0000", "class", 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "folder/README.txt").write_text("no image")
+    again, y = sf.load_images(little("imagenet64", 8, 2), tmp_path / "folder")
+    assert torch.equal(images, again) and y.tolist() == [0, 0, 0, 1, 1]
+    again, y = sf.load_images(little("ffhq64", 8), tmp_path / "folder")
+    assert torch.equal(images, again) and y is None
+
+
+def test_decoded_images_are_kept_until_the_source_is_newer(tmp_path, capsys):
+    path, preset = tmp_path / "some.zip", little("ffhq64", 8)
+    zipped(path, {"a.png": png(colours(0, 8, 8, 3))})
+    first, _ = sf.load_images(preset, path)
+    capsys.readouterr()
+    sf.load_images(preset, path)
+    assert capsys.readouterr().out == ""
+    zipped(path, {"a.png": png(colours(1, 8, 8, 3))})
+    os.utime(path, (time.time() + 10,) * 2)
+    assert not torch.equal(sf.load_images(preset, path)[0], first)
+
+
+def test_images_of_every_kind_become_rgb_squares():
+    rgb, alpha = colours(0, 8, 8, 3), colours(1, 8, 8, 1)
+    grey, deep = colours(2, 8, 8), np.random.RandomState(3).randint(0, 65536, (8, 8)).astype(np.uint16)
+
+    def decoded(data, size=8):
+        return sf.decode(io.BytesIO(data), size).transpose(1, 2, 0)
+
+    assert (decoded(png(rgb)) == rgb).all()
+    assert (decoded(png(grey)) == grey[:, :, None]).all()
+    assert (decoded(png(grey > 127)) == 255 * (grey > 127)[:, :, None]).all()
+    assert (decoded(png(deep)) == (deep // 257)[:, :, None]).all()
+    over_white = 255 - (255 - rgb.astype(float)) * alpha / 255
+    assert np.abs(decoded(png(np.concatenate([rgb, alpha], axis=2))) - over_white).max() <= 1
+    over_white = 255 - (255 - grey[:, :, None].astype(float)) * alpha / 255
+    assert np.abs(decoded(png(np.stack([grey, alpha[:, :, 0]], axis=2))) - over_white).max() <= 1
+    palette = Image.fromarray(rgb).quantize(16)
+    index, table = np.asarray(palette), np.array(palette.getpalette()[:48]).reshape(16, 3)
+    file = io.BytesIO()
+    palette.save(file, "PNG", transparency=3)
+    assert (decoded(file.getvalue()) == np.where(index[:, :, None] == 3, 255, table[index])).all()
+    Image.fromarray(rgb).convert("CMYK").save(file := io.BytesIO(), "JPEG", quality=100)
+    assert decoded(file.getvalue()).shape == (8, 8, 3)
+    wide = colours(4, 16, 40, 3)
+    boxes = wide[:, 12:28].reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
+    assert np.abs(decoded(png(wide)) - boxes).max() <= 1
+    tall = wide.transpose(1, 0, 2)
+    assert np.abs(decoded(png(tall)) - boxes.transpose(1, 0, 2)).max() <= 1
+    half = np.concatenate([np.full((16, 8, 4), 255), np.zeros((16, 8, 4))], axis=1).astype(np.uint8)
+    assert (decoded(png(half)) == 255).all()  # nothing of the black under full transparency
+
+
+def test_unusable_images_and_labels_are_named_and_nothing_is_kept(tmp_path):
+    good = {"0/a.png": png(colours(0, 8, 8, 3)), "1/b.png": png(colours(1, 9, 8, 3))}
+    labels = lambda *pairs: {"dataset.json": json.dumps(dict(labels=pairs))}  # noqa: E731
+    bomb = io.BytesIO()
+    Image.new("L", (20_000, 20_000)).save(bomb, "PNG")
+    cases = {
+        "x.png cannot be used: 8x7 pixels, and 8x8 are needed": good | {"1/x.png": png(colours(0, 7, 8, 3))},
+        "1/x.png cannot be used: ": good | {"1/x.png": good["0/a.png"][:100]},
+        "0/x.png cannot be used: cannot identify": good | {"0/x.png": b"hello"},
+        "0/x.png cannot be used: Image size": good | {"0/x.png": bomb.getvalue()},
+        "no .bmp .gif .jpeg .jpg .png": {"a.txt": b"hello"},
+        "c.png has no class from 0 to 1": good | {"c.png": good["0/a.png"]},
+        "2/c.png has no class from 0 to 1": good | {"2/c.png": good["0/a.png"]},
+        "0/a.png has no class from 0 to 1": good | labels(["0/a.png", 2], ["1/b.png", 0]),
+        "1/b.png has no class from 0 to 1": good | labels(["0/a.png", 1]),
+        "no zip of images with a class each": good | {"dataset.json": b'{"labels": null}'},
+        "damaged or no zip": good | {"dataset.json": b"{"},
+    }
+    for i, (line, files) in enumerate(cases.items()):
+        zipped(tmp_path / f"{i}.zip", files)
+        with pytest.raises(sf.Fault) as caught:
+            sf.load_images(little("imagenet64", 8, 2), tmp_path / f"{i}.zip")
+        assert line in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(sf.Fault, match=r"no images at .*nowhere; --data-dir takes a folder of images or"):
+        sf.load_images(little("ffhq64", 8), tmp_path / "nowhere")
+    (tmp_path / "not.zip").write_bytes(b"PK nothing")
+    with pytest.raises(sf.Fault, match="damaged or no zip of images"):
+        sf.load_images(little("ffhq64", 8), tmp_path / "not.zip")
+    assert not list(tmp_path.glob("*.npy*"))
+    zipped(tmp_path / "ok.zip", good)
+    sf.load_images(little("imagenet64", 8, 2), tmp_path / "ok.zip")
+    (tmp_path / "ok.zip.8x8.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    with pytest.raises(sf.Fault, match=r"no file of decoded images .*; delete it"):
+        sf.load_images(little("imagenet64", 8, 2), tmp_path / "ok.zip")
+
+
+@pytest.fixture
+def cifar_class(monkeypatch):
+    """torchvision's CIFAR10, whose address leads nowhere."""
+    cls = sf.import_optional("torchvision.datasets").CIFAR10
+    monkeypatch.setattr(cls, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    return cls
+
+
+def test_cifar10_comes_from_its_archive(tmp_path, monkeypatch, cifar_class):
+    """A small archive in the real binary format: 5 training batches, 1 of test, all of them pickles."""
+    random, md5 = np.random.RandomState(0), lambda data: hashlib.md5(data).hexdigest()
+    pixels, labels = random.randint(0, 256, (6, 4, 3072), dtype=np.uint8), random.randint(0, 10, (6, 4))
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    batches = [dict(data=x, labels=y.tolist()) for x, y in zip(pixels, labels)]
+    contents = dict(zip(names, batches)) | {"batches.meta": dict(label_names=list("abcdefghij"))}
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in contents.items():
+            data = contents[name] = pickle.dumps(content, protocol=2)
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    sums = {name: md5(data) for name, data in contents.items()}
+    with pytest.raises(sf.Fault, match=r"put cifar-10-python\.tar\.gz"):  # an archive with another sum
+        sf.load_images(sf.PRESETS["cifar10"], tmp_path)
+    monkeypatch.setattr(cifar_class, "tgz_md5", md5(archive.read_bytes()))
+    monkeypatch.setattr(cifar_class, "train_list", [[name, sums[name]] for name in names[:5]])
+    monkeypatch.setattr(cifar_class, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = dict(filename="batches.meta", key="label_names", md5=sums["batches.meta"])
+    monkeypatch.setattr(cifar_class, "meta", meta)
+    images, y = sf.load_images(sf.PRESETS["cifar10"], tmp_path)
+    assert images.dtype == torch.uint8 and y.tolist() == labels[:5].flatten().tolist()
+    assert (images.numpy() == pixels[:5].reshape(20, 3, 32, 32)).all()
+
+
+def test_cifar10_without_network_and_file_says_which_file_goes_where(tmp_path, cifar_class, capsys):
+    common = "--dataset", "cifar10", "--data-dir", str(tmp_path / "here"), "--out", str(tmp_path / "runs")
+    assert sf.main(["reflow", *common]) == 2
+    out, line = capsys.readouterr()
+    assert line.startswith("slimflow: cannot download CIFAR-10; put cifar-10-python.tar.gz (from http")
+    assert line.count("\n") == 1 and f"into {tmp_path}/here, or name its --data-dir" in line
+    assert "plan: train -> pairs -> reflow, into" in out
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -619,6 +795,408 @@ def test_nan_stops_the_stage_and_keeps_the_last_checkpoint(tmp_path):
         sf.fit(make(), loss, plan, stage="train", folder=folder)
     assert (folder / "ckpt.pt").read_bytes() == kept
     assert (folder / "log.csv").read_text().splitlines()[-1].startswith("20,")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files from others: EDM's teachers, the checkpoints of SlimFlow's authors
+
+
+class Persistent:
+    """What NVIDIA's persistence does: a pickled object is a call of a function on source code and state."""
+
+    def __init__(self, class_name, **state):
+        self.meta = dict(type="class", version=6, module_src="raise SystemExit", class_name=class_name)
+        self.meta["state"] = self.state = state
+
+    def __reduce__(self):
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
+
+
+@pytest.fixture
+def nvidia(monkeypatch):
+    """Modules under the names that EDM's pickles refer to."""
+    persistence, dnnlib = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+    exec("def _reconstruct_persistent_obj(meta): raise SystemExit", persistence.__dict__)
+    persistence._reconstruct_persistent_obj.__module__ = persistence.__name__
+    dnnlib.EasyDict = type("EasyDict", (dict,), dict(__module__="dnnlib.util"))
+    for module in (types.ModuleType("torch_utils"), persistence, types.ModuleType("dnnlib"), dnnlib):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return dnnlib.EasyDict
+
+
+def edm_tree(module):
+    """A network's layers as EDM pickles them: its own classes, and torch's ModuleDict by NEWOBJ."""
+    state = dict(_parameters=dict(module._parameters), _buffers={}, _modules={}, training=False)
+    state["_modules"] = {name: edm_tree(child) for name, child in module._modules.items()}
+    if getattr(module, "resample", None):
+        state["_modules"]["conv0"].state["_buffers"]["resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    if isinstance(module, torch.nn.ModuleDict):
+        tree = torch.nn.ModuleDict()
+        tree.__dict__.update(state)
+        return tree
+    return Persistent(type(module).__name__, **state)
+
+
+def edm_objects(net, **changes):
+    """The dict that EDM pickles for a network of ours, and its inner object's state, to be tampered with."""
+    config, given = net.config, sys.modules["dnnlib.util"].EasyDict()
+    given.update(img_resolution=config["resolution"], in_channels=config["channels"])
+    given.update(out_channels=config["channels"], label_dim=config["label_dim"], augment_dim=9, dropout=0.1)
+    for name in ("model_channels", "num_blocks"):
+        given[name] = config[name]
+    for name in ("channel_mult", "attn_resolutions"):
+        given[name] = list(config[name])
+    given.update(embedding_type="positional", resample_filter=[1, 1])
+    if net.kind == "adm":
+        for name in ("embedding_type", "resample_filter"):
+            del given[name]
+    given.update(changes)
+    inner = edm_tree(net)
+    inner.meta["class_name"] = "DhariwalUNet" if net.kind == "adm" else "SongUNet"
+    inner.state["_init_kwargs"] = given
+    sigma = dict(sigma_min=0, sigma_max=np.float64(np.inf), sigma_data=0.5)
+    outer = Persistent("EDMPrecond", _parameters={}, _buffers={}, _modules=dict(model=inner), **sigma)
+    return dict(ema=outer, loss_fn=None, augment_pipe=None), inner.state
+
+
+EDM = SMALL | dict(model_channels=32, time_scale=1.0)
+EDM_DENOISED = [-0.17438708, 0.61188984, 0.09210698, 0.43783712, 0.855703, 0.36023948, 0.74949735, 0.61292821]
+EDM_SAMPLED = {  # order: (steps, evaluations, norm, first eight)
+    2: (18, 35, 28.553487424386418, [0.08390351, 1.04910779, 0.5697009, 1.00116408,
+                                     1.3935858, 0.77902114, 1.21589983, 1.36794984]),
+    1: (10, 10, 21.539857296003863, [0.09416281, 0.71508747, 0.4101516, 0.68729985,
+                                     0.91390985, 0.48895419, 0.82110226, 1.00694489]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def edm_teacher(nvidia, tmp_path):
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(edm_objects(fill(sf.UNet(**EDM)).float())[0]))
+    return sf.load_edm(path).double()
+
+
+def close_to(x, norm, first):
+    """Whether x has these first eight elements and this norm, to 1e-6."""
+    error = x.flatten()[:8].double() - torch.tensor(first).double()
+    return abs(x.norm().item() / norm - 1) < 1e-6 and error.norm() < 1e-6 * torch.tensor(first).norm()
+
+
+def test_edm_teacher_computes_what_edm_computes(edm_teacher):
+    x = torch.from_numpy(np.random.RandomState(13).standard_normal((2, 3, 16, 16))).float().double()
+    denoised = edm_teacher.denoise(x, torch.tensor([0.5, 7.0]).double())
+    assert close_to(denoised, 16.64110733125644, EDM_DENOISED)
+    for order, (steps, nfe, norm, first) in EDM_SAMPLED.items():
+        sampled, taken = sf.edm_sample(edm_teacher, x, steps, order)
+        assert taken == nfe and close_to(sampled, norm, first)
+
+
+def test_edm_teacher_as_a_flow_is_its_denoiser(edm_teacher):
+    """v(x, t) is E[x - z | x_t], and RK45 on it ends where EDM's own sampler does."""
+    x, t = torch.randn(2, 3, 16, 16).double(), torch.tensor([0.2, 0.7]).double()
+    s = t.reshape(-1, 1, 1, 1)
+    data = edm_teacher.denoise(x / s, (1 - t) / t)
+    noise = (x - s * data) / (1 - s)
+    torch.testing.assert_close(edm_teacher(x, t), data - noise)
+    z = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    ours, _ = sf.sample(edm_teacher, z, "rk45", rtol=1e-4, atol=1e-4)
+    theirs, _ = sf.sample(edm_teacher, z, "edm", steps=160)
+    assert (ours - theirs).square().mean().sqrt() < 0.02 * theirs.square().mean().sqrt()
+    assert edm_teacher(x, torch.zeros(2).double()).isfinite().all()
+    assert edm_teacher(x, torch.ones(2).double()).isfinite().all()
+
+
+def test_edm_adm_teacher_takes_classes(nvidia, tmp_path):
+    net = fill(sf.UNet(**NETWORKS["adm"]["config"], time_scale=1.0)).float()
+    (tmp_path / "adm.pkl").write_bytes(pickle.dumps(edm_objects(net)[0]))
+    teacher = sf.load_edm(tmp_path / "adm.pkl")
+    assert teacher.config["kind"] == "adm" and teacher.label_dim == 10
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), teacher.net.parameters()))
+    x, sigma, y = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 2.0]), torch.tensor([3, 4])
+    assert (teacher.denoise(x, sigma, y) - teacher.denoise(x, sigma, y.flip(0))).abs().max() > 1e-4
+
+
+class Call:
+    """Pickles to a call of any function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_pickles(folder):
+    """Pickles that want to run code, take memory, or are not EDM's networks: name -> bytes."""
+    net = fill(sf.UNet(**EDM)).float()
+    pwn = f"open({str(folder / 'pwned')!r}, 'w')"
+    good = pickle.dumps(edm_objects(net)[0])
+
+    def tampered(change, **config):
+        objects, state = edm_objects(net, **config)
+        objects = change(objects, state) or objects
+        return pickle.dumps(objects)
+
+    def weight(value):
+        layer = lambda state: state["_modules"]["map_layer0"].state  # noqa: E731
+        return tampered(lambda _, state: layer(state)["_parameters"].update(weight=value))
+
+    def tensor_of(blob, size=(128, 32), stride=(32, 1), offset=0):
+        storage = Call(torch.storage._load_from_bytes, blob)
+        return weight(Call(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {}))
+
+    def saved(value, **options):
+        file = io.BytesIO()
+        torch.save(value, file, **options)
+        return file.getvalue()
+
+    def storage(n, **options):
+        with warnings.catch_warnings():  # the class is deprecated, and what EDM's files have
+            warnings.simplefilter("ignore")
+            return saved(torch.zeros(n).storage(), **options)
+
+    floats = storage(4096, _use_new_zipfile_serialization=False)
+    short = storage(100, _use_new_zipfile_serialization=False)
+
+    def cycle(objects, state):
+        state["_modules"]["enc"].__dict__["_modules"]["16x16_conv"] = state["_modules"]["enc"]
+        state["_init_kwargs"]["self"] = objects
+
+    files = {
+        "os.system": pickle.dumps(Call(os.system, f"touch {folder / 'pwned'}")),
+        "eval": pickle.dumps(dict(ema=Call(eval, pwn))),
+        "eval in place of a weight": weight(Call(eval, pwn)),
+        "a pickle in a storage": tensor_of(pickle.dumps(Call(eval, pwn))),
+        "a torch file with code": tensor_of(saved(Call(eval, pwn), _use_new_zipfile_serialization=False)),
+        "a zip in a storage": tensor_of(storage(4096)),
+        "storage too short": tensor_of(short + bytes(16_000)),
+        "storage of another size": tensor_of(short),
+        "stride out of bounds": tensor_of(floats, stride=(10**12, 1)),
+        "offset out of bounds": tensor_of(floats, offset=4095),
+        "offset below zero": tensor_of(floats, offset=-1),
+        "tensor of absurd size": tensor_of(floats, (10**6, 10**6), (0, 0)),
+        "network of absurd width": tampered(lambda *_: None, model_channels=10**9),
+        "network of absurd depth": tampered(lambda *_: None, num_blocks=10**9),
+        "image of absurd size": tampered(lambda *_: None, img_resolution=2**40),
+        "widths that are texts": tampered(lambda *_: None, channel_mult=["a" * 10**6]),
+        "no levels": tampered(lambda *_: None, channel_mult=[]),
+        "levels below one pixel": tampered(lambda *_: None, img_resolution=1),
+        "cyclic state": tampered(cycle),
+        "cyclic list": b"\x80\x04]q\x00h\x00a.",
+        "NCSN++": tampered(lambda *_: None, embedding_type="fourier"),
+        "another filter": tampered(lambda *_: None, resample_filter=[1, 3, 3, 1]),
+        "another preconditioning": tampered(lambda all, _: all["ema"].meta.update(class_name="VPPrecond")),
+        "another sigma_data": tampered(lambda all, _: all["ema"].state.update(sigma_data=math.nan)),
+        "another network": tampered(lambda _, state: state.pop("_init_kwargs") and None),
+        "no weights": tampered(lambda _, state: state["_modules"].pop("enc") and None),
+        "no network": pickle.dumps(dict(ema=None)),
+        "not a dict": pickle.dumps([1, 2, 3]),
+        "a dict of numbers": pickle.dumps(dict(ema=3)),
+        "not a pickle": b"<html>404</html>",
+        "empty": b"",
+        "length of 2**62": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".",
+        "byte array of 2**40": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+        "memo at 2**31": b"\x80\x04]r" + (2**31 - 1).to_bytes(4, "little") + b".",
+        "frame of 2**40": b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"N.",
+        "attributes by BUILD": b"\x80\x04ccollections\nOrderedDict\n)\x81N}\x8c\x09__class__cos\nx\ns\x86b.",
+        "persistent id": b"\x80\x04\x8c\x03abcQ.",
+        "deeply nested": b"\x80\x04" + b"]" * 300_000 + b"a" * 299_999 + b".",
+    }  # fmt: skip
+    return files | {f"cut at {i}/10": good[: len(good) * i // 10] for i in range(1, 10)}
+
+
+READ_EACH = """
+import resource, sys, time
+import slimflow as sf
+sf.main(["sample", "--ckpt", "nowhere.pkl"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    began = time.perf_counter()
+    print(sf.main(["sample", "--ckpt", path]), round(time.perf_counter() - began, 3), path, flush=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_hostile_pickles_run_nothing_take_nothing_and_get_one_line(nvidia, tmp_path):
+    paths = []
+    for i, data in enumerate(hostile_pickles(tmp_path).values()):
+        paths.append(tmp_path / f"{i}.pkl")
+        paths[-1].write_bytes(data)
+    command = [sys.executable, "-c", READ_EACH, *(path.name for path in paths)]
+    environment = os.environ | dict(PYTHONPATH=str(HERE))
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    *results, mebibytes = done.stdout.splitlines()
+    statuses = [line.split()[0] for line in results]
+    assert statuses == ["2"] * len(paths)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(paths) + 1 and all(line.startswith("slimflow: ") for line in lines), done.stderr
+    assert [line.split()[1] for line in lines[1:]] == [path.name for path in paths]
+    assert int(mebibytes) < 1024
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "samples.png").exists()
+
+
+def official_modules(config, seed=0):
+    """The numbered modules of the authors' network, random: a list of dicts part -> tensor."""
+    random, c, modules = torch.Generator().manual_seed(seed), config["model_channels"], []
+
+    def make(**shapes):
+        parts = {name.replace("_b", ".b").replace("_w", ".w").replace("_W", ".W"): shape
+                 for name, shape in shapes.items()}  # fmt: skip
+        scale = {name: 1 / math.sqrt(max(1, math.prod(shape[1:]))) for name, shape in parts.items()}
+        draws = {name: torch.randn(shape, generator=random) for name, shape in parts.items()}
+        modules.append({name: draw * scale[name] for name, draw in draws.items()})
+
+    def block(c_in, c_out, resample=False):
+        shapes = dict(GroupNorm_0_weight=(c_in,), GroupNorm_0_bias=(c_in,))
+        shapes |= dict(Conv_0_weight=(c_out, c_in, 3, 3), Conv_0_bias=(c_out,))
+        shapes |= dict(Dense_0_weight=(c_out, 4 * c), Dense_0_bias=(c_out,))
+        shapes |= dict(GroupNorm_1_weight=(c_out,), GroupNorm_1_bias=(c_out,))
+        shapes |= dict(Conv_1_weight=(c_out, c_out, 3, 3), Conv_1_bias=(c_out,))
+        if c_in != c_out or resample:
+            shapes |= dict(Conv_2_weight=(c_out, c_in, 1, 1), Conv_2_bias=(c_out,))
+        make(**shapes)
+
+    def attention(n):
+        matrices = {f"NIN_{i}_{part}": (n, n) if part == "W" else (n,) for i in range(4) for part in "Wb"}
+        make(GroupNorm_0_weight=(n,), GroupNorm_0_bias=(n,), **matrices)
+
+    make(weight=(4 * c, c), bias=(4 * c,))
+    make(weight=(4 * c, 4 * c), bias=(4 * c,))
+    make(weight=(c, 3, 3, 3), bias=(c,))
+    skips, n, levels = [c], c, len(config["channel_mult"])
+    attends = [config["resolution"] >> level in config["attn_resolutions"] for level in range(levels)]
+    for level, mult in enumerate(config["channel_mult"]):
+        for _ in range(config["num_blocks"]):
+            block(n, c * mult)
+            n = c * mult
+            if attends[level]:
+                attention(n)
+            skips.append(n)
+        if level < levels - 1:
+            block(n, n, resample=True)
+            skips.append(n)
+    block(n, n)
+    attention(n)
+    block(n, n)
+    for level, mult in reversed(list(enumerate(config["channel_mult"]))):
+        for _ in range(config["num_blocks"] + 1):
+            block(n + skips.pop(), c * mult)
+            n = c * mult
+        if attends[level]:
+            attention(n)
+        if level:
+            block(n, n, resample=True)
+    make(weight=(n,), bias=(n,))
+    make(weight=(3, n, 3, 3), bias=(3,))
+    return modules
+
+
+def official_forward(modules, config, x, t):
+    """The authors' network written a second time, after its modules' order, attention by plain matrices."""
+    silu, modules = torch.nn.functional.silu, iter(modules)
+
+    def norm(x, p, name=""):
+        groups = min(x.shape[1] // 4, 32)
+        return torch.nn.functional.group_norm(x, groups, p[name + "weight"], p[name + "bias"], eps=1e-6)
+
+    def conv(x, p, name=""):
+        weight = p[name + "weight"]
+        return torch.nn.functional.conv2d(x, weight, p[name + "bias"], padding=weight.shape[-1] // 2)
+
+    def linear(x, p, name=""):
+        return x @ p[name + "weight"].T + p[name + "bias"]
+
+    def block(x, resample=lambda x: x):
+        p = next(modules)
+        h = conv(resample(silu(norm(x, p, "GroupNorm_0."))), p, "Conv_0.")
+        h = h + linear(emb, p, "Dense_0.")[:, :, None, None]
+        h = conv(silu(norm(h, p, "GroupNorm_1.")), p, "Conv_1.")
+        x = resample(x)
+        return (h + (conv(x, p, "Conv_2.") if "Conv_2.weight" in p else x)) / math.sqrt(2)
+
+    def attention(x):
+        p, (b, c, height, width) = next(modules), x.shape
+        h = norm(x, p, "GroupNorm_0.").flatten(2).transpose(1, 2)  # (B, H W, C)
+        q, k, v = (h @ p[f"NIN_{i}.W"] + p[f"NIN_{i}.b"] for i in range(3))
+        weights = (q @ k.transpose(1, 2) / math.sqrt(c)).softmax(dim=2)
+        h = (weights @ v) @ p["NIN_3.W"] + p["NIN_3.b"]
+        return (x + h.transpose(1, 2).reshape(b, c, height, width)) / math.sqrt(2)
+
+    half = config["model_channels"] // 2
+    angle = 999 * t[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / (half - 1))
+    emb = silu(linear(torch.cat([angle.sin(), angle.cos()], dim=1), next(modules)))
+    emb = silu(linear(emb, next(modules)))
+    x = conv(x, next(modules))
+    skips, levels = [x], len(config["channel_mult"])
+    for level in range(levels):
+        for _ in range(config["num_blocks"]):
+            x = block(x)
+            if x.shape[-1] in config["attn_resolutions"]:
+                x = attention(x)
+            skips.append(x)
+        if level < levels - 1:
+            x = block(x, lambda x: torch.nn.functional.avg_pool2d(x, 2))
+            skips.append(x)
+    x = block(attention(block(x)))
+    for level in reversed(range(levels)):
+        for _ in range(config["num_blocks"] + 1):
+            x = block(torch.cat([x, skips.pop()], dim=1))
+        if x.shape[-1] in config["attn_resolutions"]:
+            x = attention(x)
+        if level:
+            x = block(x, lambda x: x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    x = silu(norm(x, next(modules)))
+    return conv(x, next(modules))
+
+
+def save_official(path, modules):
+    """A .pth as the authors write it; the averaged weights are those in question."""
+    names = [f"module.all_modules.{i}.{part}" for i, parts in enumerate(modules) for part in parts]
+    shadow = [tensor for parts in modules for tensor in parts.values()]
+    model = dict.fromkeys(names, torch.zeros(1)) | {"module.sigmas": torch.zeros(10)}
+    ema = dict(decay=0.999999, num_updates=10, shadow_params=shadow)
+    torch.save(dict(optimizer={}, model=model, ema=ema, step=800_000), path)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(resolution=32, channel_mult=(1, 2, 2), num_blocks=2),
+    dict(resolution=64, channel_mult=(1, 2, 2), num_blocks=1),
+    dict(resolution=16, channel_mult=(1, 2), num_blocks=1),
+], ids=["cifar10", "ffhq64", "two levels"])  # fmt: skip
+def test_checkpoints_of_the_authors_compute_the_same_by_a_second_implementation(tmp_path, changes):
+    config = sf.DDPMPP | dict(model_channels=16) | changes
+    modules = official_modules(config)
+    save_official(tmp_path / "official.pth", modules)
+    net = sf.load_slimflow_official(tmp_path / "official.pth")
+    assert {name: net.config[name] for name in config} == config
+    x, t = torch.randn(2, 3, config["resolution"], config["resolution"]), torch.tensor([0.001, 0.7])
+    theirs = official_forward(modules, config, x, t)
+    torch.testing.assert_close(net(x, t), theirs, atol=2e-5, rtol=1e-4)
+    assert theirs.std() > 0.05
+
+
+@pytest.mark.parametrize("name", ["cifar10", "ffhq64"])
+@pytest.mark.parametrize("size", ["15.7M", "27.9M"])
+def test_checkpoints_of_the_papers_sizes_are_recognised(name, size):
+    config = sf.PRESETS[name].students[size]
+    modules = official_modules(config)
+    tensors = {f"{i}.{part}": value for i, parts in enumerate(modules) for part, value in parts.items()}
+    assert sum(value.numel() for value in tensors.values()) == sf.count_parameters(sf.blueprint(config))
+    assert sf.official_config(tensors) == config
+
+
+def test_sample_takes_the_authors_checkpoints(tmp_path, capsys, one_line):
+    path, config = tmp_path / "them.pth", sf.DDPMPP | dict(resolution=32, model_channels=8, num_blocks=1)
+    modules = official_modules(config)
+    save_official(path, modules)
+    assert sf.main(["sample", "--ckpt", str(path), "--n", "2", "--png", str(tmp_path / "a.png")]) == 0
+    assert "euler, steps 1" in capsys.readouterr().out and (tmp_path / "a.png").exists()
+    for wrong in (modules[:-1], modules[:5] + modules[4:], modules[3:]):
+        save_official(path, wrong)
+        assert "SlimFlow's authors" in one_line("sample", "--ckpt", path)
+    torch.save(dict(model={}, optimizer={}), path)
+    assert "entries are missing" in one_line("sample", "--ckpt", path)
 
 
 # ------------------------------------------------------------------------------------------------------------
