@@ -15,10 +15,12 @@ import sys
 import tarfile
 import time
 import types
+import urllib.error
 import warnings
 import zipfile
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -567,10 +569,10 @@ def test_cifar10_without_network_and_file_says_which_file_goes_where(tmp_path, c
 # Training
 
 
-def tiny_run(folder, **changes):
+def tiny_run(folder, batch=8, **changes):
     """A run of the digits with tiny networks."""
     tiny = sf.DIGITS | dict(model_channels=8, channel_mult=(1,), attn_resolutions=(), dropout=0.1)
-    plan = sf.Schedule(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
+    plan = sf.Schedule(steps=12, batch=batch, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
     networks = dict(teacher=tiny, students={"tiny": tiny}, student="tiny")
     numbers = dict(pairs=300, solver=dict(solver="heun", steps=2), anneal=6)
     preset = replace(sf.PRESETS["digits"], train=plan, reflow=plan, distill=plan, **networks, **numbers)
@@ -906,6 +908,28 @@ def test_edm_teacher_as_a_flow_is_its_denoiser(edm_teacher):
     assert edm_teacher(x, torch.ones(2).double()).isfinite().all()
 
 
+def test_pairs_and_samples_come_from_an_edm_teacher(nvidia, tmp_path, one_line, capsys):
+    path = tmp_path / "edm.pkl"
+    path.write_bytes(pickle.dumps(edm_objects(fill(sf.UNet(**EDM)).float())[0]))
+    student = SMALL | dict(model_channels=8)
+    changes = dict(shape=(3, 16, 16), students={"tiny": student}, pairs=30)
+    changes["solver"] = dict(solver="edm", steps=3)
+    run = replace(tiny_run(tmp_path, **changes), teacher=str(path))
+    sf.run_stages(run, "reflow")
+    assert "plan: pairs -> reflow, into" in capsys.readouterr().out
+    rows, teacher = stored(run), sf.load_edm(path)
+    x, nfe = sf.edm_sample(teacher, torch.from_numpy(rows["noise"]).float(), 3)
+    assert nfe == 5 == rows["nfe"][0]
+    torch.testing.assert_close(x.half(), torch.from_numpy(rows["data"]), atol=2e-3, rtol=2e-3)
+    given = "sample", "--ckpt", str(path), "--n", "2", "--png", str(tmp_path / "a.png")
+    assert sf.main(list(given)) == 0 and "edm, steps 18" in capsys.readouterr().out
+    assert "makes images of (C, H, W, classes) (3, 16, 16, 0); digits has (1, 8, 8, 0)" in one_line(
+        "pairs", "--teacher", path, "--out", tmp_path / "runs")
+    for name, steps in (("ffhq64", 40), ("cifar10", 18)):
+        preset, _ = sf.changed(sf.PRESETS[name], sf.parse(["pairs", "--teacher", "x.pkl"]))
+        assert preset.solver == dict(solver="edm", steps=steps)
+
+
 def test_edm_adm_teacher_takes_classes(nvidia, tmp_path):
     net = fill(sf.UNet(**NETWORKS["adm"]["config"], time_scale=1.0)).float()
     (tmp_path / "adm.pkl").write_bytes(pickle.dumps(edm_objects(net)[0]))
@@ -1200,6 +1224,191 @@ def test_sample_takes_the_authors_checkpoints(tmp_path, capsys, one_line):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# LPIPS and FID: by packages that need not be there, with weights that nobody need download for a test
+
+
+def optional(name):
+    """An optional package, or the test is skipped."""
+    try:
+        return sf.import_optional(name)
+    except sf.Fault as fault:
+        pytest.skip(str(fault))
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """An empty cache of torch's downloads, and no way to fill it."""
+
+    def refuse(url, *args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    sf.lpips_network.cache_clear()
+    yield tmp_path / "cache/hub/checkpoints"
+    sf.lpips_network.cache_clear()
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path, one_line):
+    sf.lpips_network.cache_clear()
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    line = one_line("distill", "--distance", "lpips", "--out", tmp_path)
+    assert "this needs the package lpips: pip install lpips" in line and not list(tmp_path.rglob("*.pt"))
+    with pytest.raises(sf.Fault, match="package torch-fidelity: pip install torch-fidelity"):
+        sf.inception_features("cpu")
+
+
+def test_missing_weights_are_named_before_anything_is_trained(no_network, tmp_path, capsys):
+    optional("lpips")
+    assert sf.main(["distill", "--distance", "lpips", "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("slimflow: cannot download VGG; put https://") and "vgg16-397923af.pth" in line
+    assert str(no_network) in line and not list(tmp_path.rglob("*.pt"))
+    optional("torch_fidelity")
+    with pytest.raises(sf.Fault, match=r"put https.*weights-inception-2015-12-05-.*\.pth into ") as caught:
+        sf.inception_features("cpu")
+    assert str(no_network) in str(caught.value)
+
+
+def test_lpips_is_the_packages_at_64_pixels(monkeypatch):
+    package, vgg = optional("lpips"), sf.import_optional("torchvision.models.vgg")
+    torch.manual_seed(0)
+    features = vgg.make_layers(vgg.cfgs["D"])
+    stub = types.SimpleNamespace(vgg16=lambda pretrained: types.SimpleNamespace(features=features))
+    monkeypatch.setattr(package.pretrained_networks, "tv", stub)
+    sf.lpips_network.cache_clear()
+    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    d = sf.DISTANCES["lpips"](a.requires_grad_(), b)
+    assert d.shape == (2,) and (d > 0).all() and sf.lpips(b, b).abs().max() == 0
+    assert torch.autograd.grad(d.sum(), a)[0].abs().max() > 0
+    resize = partial(torch.nn.functional.interpolate, size=64, mode="bilinear", align_corners=True)
+    bigger = resize(a), resize(b)
+    theirs = package.LPIPS(net="vgg", verbose=False).eval()(*bigger).flatten()
+    torch.testing.assert_close(d, theirs)
+    grey = torch.rand(2, 1, 8, 8)
+    rgb = grey.repeat(1, 3, 1, 1)
+    torch.testing.assert_close(sf.lpips(grey, -grey), sf.lpips(rgb, -rgb))
+    sf.lpips_network.cache_clear()
+
+
+def test_inception_features_are_the_packages(monkeypatch):
+    package = optional("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    net = package.FeatureExtractorInceptionV3
+    monkeypatch.setattr(package, "load_state_dict_from_url", lambda *args, **options: {})
+    monkeypatch.setattr(net, "load_state_dict", lambda self, weights: None)
+    features = sf.inception_features("cpu")(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert features.shape == (2, 2048) and features.isfinite().all() and (features[0] != features[1]).any()
+
+
+def test_table_compares_with_the_training_images_or_with_given_statistics(tmp_path, monkeypatch, capsys):
+    """The table of a paper preset, with means of pixels in place of Inception's features."""
+    count = []
+
+    def means(pictures):
+        count.append(len(pictures))
+        return pictures.float().unflatten(2, (2, -1)).mean(dim=(1, 3, 4))  # (n, 2): upper and lower half
+
+    monkeypatch.setattr(sf, "inception_features", lambda device: means)
+    zipped(tmp_path / "some.zip", {f"{i}.png": png(colours(i, 8, 8, 3)) for i in range(20)})
+    network = sf.DIGITS | dict(model_channels=8, channel_mult=(1,), attn_resolutions=(), channels=3)
+    networks = dict(teacher=network, students={"tiny": network})
+    run = tiny_run(tmp_path, name="ffhq64", shape=(3, 8, 8), samples=600, **networks)
+    run = replace(run, data_dir=tmp_path / "some.zip")
+    sf.run_stages(run, "distill")
+    capsys.readouterr()
+
+    def fids(given=None):
+        sf.evaluate(run, given)
+        *lines, last = capsys.readouterr().out.splitlines()
+        table = [line.rsplit(maxsplit=6) for line in lines if " step" in line or "precise" in line]
+        assert [row[0].split("  ")[0] for row in table] == [name for name, *_ in sf.ROWS]
+        assert [row[-3] for row in table] == ["300", "600", "600", "600"]
+        return [float(row[-4]) for row in table], last
+
+    own, last = fids()
+    assert "FID against 20 real images" in last
+    with np.load(run.folder / "reference.npz") as file:
+        images, _ = sf.load_images(run.preset, run.data_dir)
+        np.testing.assert_allclose(file["mu"], means(images).double().mean(0))
+        np.testing.assert_allclose(file["sigma"], np.cov(means(images).double().T))
+    student = sf.load_flow(run.folder / "distill/ckpt.pt")
+    made = sf.to_uint8(sf.one_step(student, sf.fixed_noise(run, 600, seed=4321)[0]))
+    real = sf.moments([means(images)])
+    assert own[3] == pytest.approx(sf.frechet_distance(*sf.moments([means(made)]), *real), abs=0.01)
+    count.clear()
+    assert fids()[0] == own and sum(count) == 300 + 3 * 600  # the reference is not made again
+    np.savez(tmp_path / "stats.npz", mu=real[0] + 10, sigma=real[1])
+    given, last = fids(tmp_path / "stats.npz")
+    assert "FID against" in last and "stats.npz" in last and given != own
+    np.savez(tmp_path / "stats.npz", mean=real[0])
+    with pytest.raises(sf.Fault, match=r"stats\.npz is damaged or no npz with mu and sigma"):
+        sf.evaluate(run, tmp_path / "stats.npz")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+MANY = """
+import os, signal, sys
+import slimflow as sf, test_slimflow as tests
+from pathlib import Path
+
+folder, killed = Path(sys.argv[1]), sys.argv[2] == "killed"
+sf.LOG_EVERY, sf.SAVE_EVERY, sf.PAIRS_BATCH = 1, 0, 50
+run, work = tests.tiny_run(folder, batch=64), sf.update
+
+def update(*args):
+    path = run.folder / "reflow/ckpt.pt"
+    if killed and sf.RANK == 1 and path.exists() and sf.load_checkpoint(path)["step"] >= 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(*args)
+
+sf.update = update
+sf.command = lambda args: sf.run_stages(run, "distill")
+sys.exit(sf.main(["distill"]))
+"""
+
+
+def two_processes(script, *args, cwd):
+    """Run a script in two processes under torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | dict(PYTHONPATH=str(HERE))
+    command = [*launcher, str(script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=170)
+
+
+def test_two_processes_train_as_one_and_go_on_after_one_was_killed(tmp_path, monkeypatch):
+    script = tmp_path / "many.py"
+    script.write_text(MANY)
+    first = two_processes(script, "two", "killed", cwd=tmp_path)
+    assert first.returncode != 0 and not (tmp_path / "two/digits/distill").exists()
+    second = two_processes(script, "two", "whole", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "plan: reflow -> distill, into two/digits, on 2 x cpu" in second.stdout
+    assert second.stdout.count("plan:") == 1 and "continues from" in second.stdout
+    monkeypatch.setattr(sf, "LOG_EVERY", 1)
+    monkeypatch.setattr(sf, "PAIRS_BATCH", 50)
+    sf.run_stages(replace(tiny_run(tmp_path / "one", batch=64), accumulate=2), "distill")
+    rows = [np.load(tmp_path / name / "digits/pairs/pairs.npy") for name in ("one", "two")]
+    assert len(rows[0]) == 300
+    np.testing.assert_allclose(rows[0]["data"].astype(float), rows[1]["data"].astype(float), atol=2e-3)
+    for stage in ("train", "reflow", "distill"):
+        paths = [tmp_path / name / "digits" / stage / "ckpt.pt" for name in ("one", "two")]
+        a, b = (torch.tensor(sf.load_checkpoint(path)["rows"]) for path in paths)
+        assert a.shape == (12, 3)
+        torch.testing.assert_close(a, b, rtol=2e-4 if stage != "train" else 1e-5, atol=0)
+
+
+def test_failure_of_processes_is_one_message(tmp_path):
+    done = two_processes(HERE / "slimflow.py", "train", "--data-dir", "nowhere", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("slimflow: ") == 1 and "nowhere/digits.npz does not exist" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -1338,6 +1547,11 @@ def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
     ("train --out in_the_way", "in_the_way"),
     ("train --data-dir nowhere", "nowhere/digits.npz does not exist"),
     ("train --device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("train --accumulate 3", "a batch of 64 cannot be split over 1 processes x --accumulate 3"),
+    ("pairs --teacher nowhere.pkl", "nowhere.pkl does not exist"),
+    ("pairs --teacher in_the_way", "in_the_way is damaged or no checkpoint"),
+    ("train --dataset ffhq64 --data-dir nowhere", "no images at"),
+    ("train --dataset imagenet64 --data-dir in_the_way", "in_the_way is damaged or no zip of images"),
     ("eval", "runs/digits holds no finished stage"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, one_line, arguments, line):
