@@ -3,14 +3,15 @@
 After Zhu, Liu, Liu, "SlimFlow: Training Smaller One-Step Diffusion Models with Rectified Flow" (ECCV 2024,
 arXiv 2407.12718). `python slimflow.py` turns 1,797 real 8x8 digits into a one-step generator in 5 minutes on
 2 CPU cores: one evaluation of 0.19M weights reaches a Frechet distance of 12 to the real digits; the 0.75M
-teacher has 6 in 15 evaluations and 1,499 in one; half the digits have 9 to the other half (torch 2.13.0).
+teacher reaches 6 in 15 evaluations and 1,499 in one; two random halves of the digits are 9 apart.
 
 The method in four lines. Time runs from noise z at t = 0 to data x at t = 1; the paper has it the other way.
   1. rectified flow      min E |x - z - v(x_t, t)|^2 over independent z and x, on the path x_t = (1-t) z + t x
   2. pairs               integrate the teacher's ODE dx/dt = v(x, t) precisely from z to its x; keep (z, x)
   3. annealing reflow    regress a small network likewise on (z', x), z' = sqrt(1-b^2) z + b e, b: 1 -> 0
-  4. guided distillation min E D(z + s(z, T0), x) on the pairs + E D(z + s(z, T0), X(z)) on fresh noise, X
-                         being the 2-rectified flow's two-step Euler; one step z + s(z, T0) is an image
+  4. guided distillation min E D(z + s(z, T0), x) on the pairs + E D(z + s(z, T0), X(z)) on fresh noise
+s is the student, whose one step z + s(z, T0) makes an image, D a distance between images, X two Euler steps
+of the 2-rectified flow.
 
 Sections: 1 presets, 2 data, 3 network, 4 flow, 5 solvers, 6 teachers, 7 training, 8 stages, 9 metrics,
 10 command line.
@@ -34,7 +35,7 @@ import warnings
 import zipfile
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -119,7 +120,7 @@ digits = Preset(
     pairs=5_000,  # as many as the table's distance needs
     solver=dict(solver="heun", steps=8),  # 15 evaluations
     edm_steps=18,
-    anneal=400,  # the first quarter of the steps
+    anneal=400,  # 22 % of the steps
     guidance=0.1,  # with this many pairs 0 is a little better, 1 worse: see README
     flip=False,
     samples=5_000,
@@ -387,7 +388,7 @@ class Block(nn.Module):
     def _attended(self, qkv):
         b, c, height, width = qkv.shape  # c = 3 c_out, the channels ordered as (head, channel, q k v)
         qkv = qkv.reshape(b, self.heads, c // 3 // self.heads, 3, height * width)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)  # each (B, heads, H W, channels of a head)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each (B, heads, H W, channels of a head)
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c // 3, height, width)
 
 class UNet(nn.Module):
@@ -665,6 +666,8 @@ def _first_step(velocity, x, v, rtol, atol):
     h = max(1e-6, trial * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2
     return min(100 * trial, h, 1 - T0)
 
+SAMPLE_BATCH = 100  # images that a solver takes at once where there are many
+ONE_STEP = dict(solver="euler", steps=1)
 SOLVERS = {"euler": euler, "heun": heun, "rk45": rk45}
 
 def sample(flow, noise, solver="rk45", y=None, **options):
@@ -691,10 +694,11 @@ def blueprint(config):
         return UNet(**config)
 
 def build(config, device="cpu", weights=None):
-    """A UNet with random weights, or these, in its fastest layout: channels last, but for tiny images."""
+    """A UNet, random or with these weights and frozen, in its fastest layout: channels last, unless tiny."""
     net = UNet(**config) if weights is None else blueprint(config)
     if weights is not None:
         net.load_state_dict(weights, assign=True)
+        net.eval().requires_grad_(False)
     layout = torch.channels_last if config["resolution"] > 8 else torch.contiguous_format
     return net.to(device, torch.float32, memory_format=layout)
 
@@ -702,7 +706,9 @@ def build(config, device="cpu", weights=None):
 def faults(path, what, remedy="name another, or use --fresh"):
     """Turn whatever goes wrong while a file is read, where a damaged one can fail anywhere, into a Fault."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file is said once, by the error
+            yield
     except FileNotFoundError:
         raise Fault(f"{path} does not exist; make it first, or name the right file or folder") from None
     except (Fault, OSError):  # a folder, or no permission: the system's own words say it best
@@ -711,23 +717,19 @@ def faults(path, what, remedy="name another, or use --fresh"):
         reason = " ".join(str(error).split())[:80]
         raise Fault(f"{path} is damaged or no {what} ({reason}); {remedy}") from error
 
-def load_checkpoint(path, entries=("step", "steps", "settings", "model", "ema", "optimizer")):
-    """The dict of tensors and numbers in a file of torch.save's, on the CPU."""
+def load_checkpoint(path, entries=("step", "steps", "settings", "model", "ema", "optimizer"), mmap=False):
+    """The dict of tensors and numbers in a file of torch.save's, on the CPU; read when used, if mmap."""
     with faults(path, "checkpoint"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not set(entries) <= set(state):
             raise ValueError("entries are missing")
         return state
-
-def frozen(config, weights, device):
-    """The UNet of these weights, in eval mode."""
-    return build(config, device, weights).eval().requires_grad_(False)
 
 def load_flow(path, device="cpu"):
     """The averaged (EMA) network of a checkpoint of ours, frozen, in eval mode."""
     state = load_checkpoint(path)
     with faults(path, "checkpoint of this program"):
-        return frozen(state["settings"]["network"], state["ema"], device)
+        return build(state["settings"]["network"], device, state["ema"])
 
 class EDMTeacher(nn.Module):
     """EDM's denoiser D(x; sigma), a preconditioned UNet; called, it is the same model's flow v(x, t)."""
@@ -756,11 +758,9 @@ def edm_sample(teacher, noise, steps, order=2, y=None):
     It solves dx/dsigma = (x - D(x; sigma)) / sigma from sigma 80 to 0. Images and evaluations, as `sample`.
     """
     ramp = np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps) ** 7
-    x, nfe = 80 * noise, 0
+    x = 80 * noise
 
     def slope(x, sigma):
-        nonlocal nfe
-        nfe += 1
         return (x - teacher.denoise(x, x.new_full((len(x),), sigma), y)) / sigma
 
     for sigma, sigma_next in itertools.pairwise([*ramp.tolist(), 0.0]):
@@ -769,7 +769,7 @@ def edm_sample(teacher, noise, steps, order=2, y=None):
         if order == 2 and sigma_next > 0:
             guess = x + (sigma_next - sigma) * (d + slope(guess, sigma_next)) / 2
         x = guess
-    return x, nfe
+    return x, 2 * steps - 1 if order == 2 else steps
 
 class Record(dict):
     """Stands in for any object of a pickle: it keeps what the object would be made from, and does nothing."""
@@ -831,7 +831,7 @@ def load_edm(path, device="cpu"):
             box = node["_buffers"].get("resample_filter")
             if box is not None and (tensor(box, (1, 1, 2, 2)) != 0.25).any():
                 raise ValueError("it does not resample by 2x2 boxes")
-        return EDMTeacher(frozen(config, weights, device))
+        return EDMTeacher(build(config, device, weights))
 
 EDM_NETWORKS = {  # their default arguments
     "SongUNet": dict(model_channels=128, channel_mult=[1, 2, 2, 2], num_blocks=4, attn_resolutions=[16]),
@@ -844,6 +844,8 @@ EDM_FIXED |= dict(channel_mult_emb=4, channel_mult_noise=1, resample_filter=[1, 
 
 def edm_config(name, given):
     """Keyword arguments of `UNet` for one of EDM's networks, with what its file says."""
+    if name not in list(EDM_NETWORKS):  # a list, as a hostile name can take for ever to hash
+        raise ValueError("its class is another")
     config = {option: given.get(option, value) for option, value in EDM_NETWORKS[name].items()}
     config |= dict(resolution=given["img_resolution"], channels=given["in_channels"])
     config |= dict(label_dim=given.get("label_dim", 0), kind="adm" if name == "DhariwalUNet" else "ddpm++")
@@ -879,7 +881,7 @@ def load_slimflow_official(path, device="cpu"):
                 weights[name] = next(given)
         if list(given):
             raise ValueError("it has more tensors than the network")
-        return frozen(config, weights, device)
+        return build(config, device, weights)
 
 def official_config(tensors):
     """Keyword arguments of `UNet`, read off the tensors; the images' size from where the attention stands."""
@@ -975,17 +977,18 @@ def learning_rate(schedule, step):
     return schedule.lr * min(1, up, down)
 
 def backward(net, loss_fn, seed, stage, step, accumulate=1):
-    """Gradients of the batch's mean loss, which is returned. Convolutions and matrices in bfloat16 on CUDA.
+    """Gradients of the batch's mean loss, which is returned. On CUDA, if it can, in bfloat16.
 
     The parts of the batch are numbered across processes, and each draws its own random numbers: two
     processes compute what one with two passes computes.
     """
     device, total = next(net.parameters()).device, 0.0
+    low = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     for i in range(accumulate):
         seed_all(seed, stage, step, RANK + WORLD * i)
         wait = WORLD > 1 and i < accumulate - 1  # processes exchange gradients after the last part only
         with net.no_sync() if wait else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 loss = loss_fn(net, step) / accumulate
             loss.backward()
         total += loss.detach()
@@ -1003,7 +1006,7 @@ def update(net, ema, optimizer, ema_rate):
     return norm
 
 LOG_EVERY = 50  # steps between lines of log.csv
-SAVE_EVERY = 60.0  # seconds between checkpoints
+SAVE_EVERY = 60.0  # seconds between checkpoints; longer if they take long to write
 
 def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, accumulate=1, **settings):
     """Minimise loss_fn(net, step); return the averaged network, frozen, in eval mode.
@@ -1022,26 +1025,27 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, 
         print(f"{stage:<10} {start:,}/{schedule.steps:,} steps  {goes_on} {folder}")
     model = nn.parallel.DistributedDataParallel(net.train()) if WORLD > 1 else net.train()
     report = progress(stage, schedule.steps, "steps", schedule.batch, start)
-    recent, saved = [], time.time()
+    recent, due = [], time.time() + SAVE_EVERY
     for step in range(start, schedule.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(schedule, step)
         ema_rate = min(schedule.ema, (1 + step) / (10 + step))
         loss = backward(model, loss_fn, seed, stage, step, accumulate)
         recent.append(torch.stack([loss, update(net, ema, optimizer, ema_rate)]))
         done, last = step + 1, step + 1 == schedule.steps
-        save = folder and RANK == 0 and (last or time.time() - saved >= SAVE_EVERY)
+        save = folder and RANK == 0 and (last or time.time() >= due)
         if save or last or done % LOG_EVERY == 0:
             rows.append([done, *means(recent, done, stage, folder)])  # waits for the device only here
             report(done, f"loss {rows[-1][1]:.4f}")
             recent = []
         if save:
+            began = time.time()
             state = dict(model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
             state |= dict(step=done, steps=schedule.steps, settings=settings, rows=rows)
             save_safely(folder / "ckpt.pt", partial(torch.save, state))
             draw_loss(folder, rows)
             if picture:
                 save_grid(folder / "samples.png", picture(ema))
-            saved = time.time()
+            due = time.time() + SAVE_EVERY * max(1, (time.time() - began) / 3)  # at most a 20th of the time
     return ema
 
 def resume(folder, settings, net, ema, optimizer):
@@ -1122,9 +1126,9 @@ def read_images(run):
     return resident(images, run.device)
 
 def compiled(net, run):
-    """The network, compiled if the run says so."""
+    """The network (of a teacher of EDM's: the one inside), compiled if the run says so."""
     if run.compile:
-        net.compile()
+        getattr(net, "net", net).compile()
     return net
 
 def fit_stage(run, stage, config, loss_fn, solver, start=None, **settings):
@@ -1160,9 +1164,7 @@ def train(run):
             (data,) = flip_together(data)
         return rectified_flow_loss(flow, torch.randn_like(data), data, y)
 
-    fit_stage(run, "train", preset.teacher, loss, preset.solver)
-
-PAIRS_BATCH = 500  # pairs per call of the solver, and per file until all are there
+    fit_stage(run, "train", preset.teacher, loss, dict(solver="heun", steps=8))
 
 def pairs(run):
     """Stage 2: the teacher's ODE from each z to its x, kept in pairs.npy as float16.
@@ -1176,13 +1178,16 @@ def pairs(run):
     note, parts = folder / "settings.json", folder / "parts"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise Fault(f"{folder} was begun with other settings, see {note}; use --fresh or another --out")
+    if (folder / "pairs.npy").exists():
+        print(f"pairs      {preset.pairs:,} pairs are complete, see {folder}")
+        return
     if RANK == 0:
         save_safely(note, lambda file: file.write(json.dumps(settings).encode()))
-    starts = range(0, preset.pairs, PAIRS_BATCH)
+    starts = range(0, preset.pairs, SAMPLE_BATCH)
     todo = [start for start in starts[RANK::WORLD] if not (parts / f"{start}.npy").exists()]
-    report = progress("pairs", len(todo), "batches", PAIRS_BATCH * WORLD)
+    report = progress("pairs", len(todo), "batches", min(SAMPLE_BATCH, preset.pairs) * WORLD)
     for done, start in enumerate(todo):
-        n = min(PAIRS_BATCH, preset.pairs - start)
+        n = min(SAMPLE_BATCH, preset.pairs - start)
         seed_all(run.seed, "pairs", start)
         noise = torch.randn(n, *preset.shape).half().float()  # as it is stored
         y = torch.randint(preset.label_dim, (n,)).to(run.device) if preset.label_dim else None
@@ -1215,7 +1220,9 @@ def pair_dtype(preset):
 
 def load_pairs(run):
     """Noise and data, float16 [N, C, H, W], and classes, int64 [N] or None: on the GPU if they fit there."""
-    path = run.folder / "pairs" / "pairs.npy"
+    path, note = run.folder / "pairs" / "pairs.npy", run.folder / "pairs" / "settings.json"
+    if run.teacher and json.loads(note.read_text())["teacher"] != run.teacher:
+        raise Fault(f"another teacher wrote {path}; use pairs --fresh or another --out")
     with faults(path, "file of pairs"):
         store = np.load(path, mmap_mode="c")
         if store.dtype != pair_dtype(run.preset):
@@ -1242,6 +1249,9 @@ def reflow(run):
         beta = anneal_beta(step, preset.anneal, preset.anneal_schedule)
         return rectified_flow_loss(student, annealed_noise(noise, beta), data, y)
 
+    b = anneal_beta(preset.reflow.steps, preset.anneal, preset.anneal_schedule)
+    if b:
+        print(f"note: b is still {b:.2f} after the last step; --anneal sets the step at which it is 0")
     settings = dict(anneal=preset.anneal, anneal_schedule=preset.anneal_schedule)
     fit_stage(run, "reflow", preset.students[preset.student], loss, ONE_STEP, **settings)
 
@@ -1249,7 +1259,7 @@ def distill(run):
     """Stage 4: flow-guided distillation, from the 2-rectified flow's weights to the one-step generator."""
     preset, stored, batch = run.preset, load_pairs(run), part_of(run.preset.distill.batch, run.accumulate)
     flow = load_flow(run.folder / "reflow" / "ckpt.pt", run.device)
-    if flow.config | preset.students[preset.student] != flow.config:
+    if any(flow.config[name] != value for name, value in preset.students[preset.student].items()):
         raise Fault(f"{run.folder}/reflow/ckpt.pt is not the {preset.student} student; name its --student")
     flow, distance = compiled(flow, run), DISTANCES[preset.distance]
 
@@ -1264,7 +1274,6 @@ def distill(run):
     settings = dict(guidance=preset.guidance, distance=preset.distance)
     fit_stage(run, "distill", flow.config, loss, ONE_STEP, start=flow, **settings)
 
-ONE_STEP = dict(solver="euler", steps=1)
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
 INPUTS = {"train": (), "pairs": ("train",), "reflow": ("pairs",), "distill": ("pairs", "reflow")}
 
@@ -1273,7 +1282,7 @@ def finished(run, stage):
     path = run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
     if stage == "pairs" or not path.exists():
         return path.exists()
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, mmap=True)
     return state["step"] >= state["steps"]
 
 def unfinished(run, stage):
@@ -1320,6 +1329,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     In float64, through symmetric matrices: tr (cov1 cov2)^(1/2) = tr (S cov2 S)^(1/2) with S = cov1^(1/2).
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (mu1, cov1, mu2, cov2))
+    if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
+        raise Fault(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
     values, vectors = torch.linalg.eigh(cov1)
     s = vectors * values.clamp(min=0).sqrt() @ vectors.T
     root_trace = torch.linalg.eigvalsh(s @ cov2 @ s).clamp(min=0).sqrt().sum()
@@ -1387,15 +1398,15 @@ def inception_features(device):
 def reference(path, given, features_of, images):
     """Moments of the real images' features: of the npz that is given, else computed once, kept at `path`."""
     if not given and not path.exists():
-        mu, sigma = moments(map(features_of, images.split(500)))
+        mu, sigma = moments(map(features_of, images.split(SAMPLE_BATCH)))
         save_safely(path, lambda file: np.savez(file, mu=mu.cpu(), sigma=sigma.cpu()))
     with faults(given or path, "npz with mu and sigma"), np.load(given or path) as file:
         return file["mu"], file["sigma"]
 
-def generate(flow, noise, y, solver, batch=500):
-    """Images for any number of noises [N, C, H, W], `batch` at a time: yields them as uint8."""
-    classes = y.split(batch) if y is not None else itertools.repeat(None)
-    for z, c in zip(noise.split(batch), classes):
+def generate(flow, noise, y, solver):
+    """Images for any number of noises [N, C, H, W], SAMPLE_BATCH at a time: yields them as uint8."""
+    classes = y.split(SAMPLE_BATCH) if y is not None else itertools.repeat(None)
+    for z, c in zip(noise.split(SAMPLE_BATCH), classes):
         yield to_uint8(sample(flow, z, y=c, **solver)[0])
 
 ROWS = (  # of the table and of summary.png: name, stage whose network it is, solver
@@ -1409,7 +1420,7 @@ def evaluate(run, given=None):
     """Print the table of the finished stages, and draw summary.png: the same noise through each of them."""
     preset, note = run.preset, run.folder / "pairs" / "settings.json"
     made = json.loads(note.read_text()) if note.exists() else dict(teacher=None, solver=preset.solver)
-    run = replace(run, teacher=made["teacher"])
+    run = replace(run, teacher=made["teacher"], compile=False)  # many sizes of batches, each used once
     rows = [row for row in ROWS if finished(run, row[1]) or (run.teacher and row[1] == "train")]
     if not rows:
         raise Fault(f"{run.folder} holds no finished stage; run `python slimflow.py train` first")
@@ -1427,7 +1438,9 @@ def evaluate(run, given=None):
         strip, nfe = sample(flow, noise[:12], y=y if y is None else y[:12], **(solver or made["solver"]))
         if solver is None and finished(run, "pairs"):  # what is stored need not be sampled again
             stored = load_pairs(run)[1][: preset.samples]
-            count, pictures = len(stored), (to_uint8(x.to(run.device).float()) for x in stored.split(500))
+            nfe = round(np.load(run.folder / "pairs" / "pairs.npy", mmap_mode="r")["nfe"].mean())
+            parts, count = stored.split(SAMPLE_BATCH), len(stored)
+            pictures = (to_uint8(x.to(run.device).float()) for x in parts)
         else:
             count, pictures = len(noise), generate(flow, noise, y, solver or made["solver"])
         fid = frechet_distance(*moments(map(features, pictures)), *real)
@@ -1489,7 +1502,7 @@ def peak_memory(device):
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-NFE = 150  # evaluations that `bench` assumes for a pair by RK45
+RK45_NFE = 150  # evaluations that `bench` assumes for a pair by RK45
 
 def bench(run, batch):
     """Speed of each stage on random images, its share of the matmul rate, and its schedule's hours."""
@@ -1523,7 +1536,7 @@ def bench(run, batch):
     work = [plan.steps * plan.batch for plan in (preset.train, preset.reflow, preset.distill)]
     jobs = (  # name, maker of a call and its arguments, MACs of an image (backward: twice), images in all
         ("train", training, (configs[0], flow_loss), 3 * teacher_macs, work[0]),
-        ("pairs, per evaluation", sampling, (teacher,), teacher_macs, NFE * preset.pairs),
+        ("pairs, per evaluation", sampling, (teacher,), teacher_macs, RK45_NFE * preset.pairs),
         ("reflow", training, (configs[1], flow_loss), 3 * student_macs, work[1]),
         ("distill", training, (configs[1], student_loss), 8 * student_macs, work[2]),
         ("sample, one step", sampling, (student,), student_macs, preset.samples),
@@ -1542,7 +1555,7 @@ def bench(run, batch):
         table.append((name, *cells, f"{images * seconds / batch / 3600:,.1f}"))
     print_table(table)
     print(f"matmul: {matmul / 1e9:,.0f} GFLOP/s, {n} x {n}, {str(low)[6:]}, {device}; batch {batch}")
-    print(f"torch {torch.__version__}; distance {preset.distance}; hours of pairs: for {NFE} NFE each")
+    print(f"torch {torch.__version__}; distance {preset.distance}; hours of pairs: for {RK45_NFE} NFE each")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1632,7 +1645,8 @@ def changed(preset, args):
     given = {name: value for name, value in vars(args).items() if value is not None}
     if given.get("student", preset.student) not in preset.students:
         raise Fault(f"{preset.name} has no student {args.student}; choose from {', '.join(preset.students)}")
-    changes = {name: given[name] for name in given if name in asdict(preset)}
+    own = "student", "anneal", "anneal_schedule", "guidance", "distance"
+    changes = {name: given[name] for name in own if name in given}
     if args.command in ("train", "reflow", "distill"):
         schedule = {name: given[name] for name in ("steps", "lr", "batch") if name in given}
         changes |= {args.command: replace(getattr(preset, args.command), **schedule)} if schedule else {}
@@ -1679,26 +1693,29 @@ def sample_command(args):
 
 def command(args):
     """Run one command."""
+    if WORLD > 1 and args.command not in RUNS.split():
+        raise Fault(f"{args.command} is for one process; run it without torchrun")
     if args.command == "sample":
         return sample_command(args)
     preset, asked = changed(PRESETS[args.dataset], args)
     compile = args.device == "cuda" and preset.name != "digits" and not getattr(args, "no_compile", True)
-    run = Run(preset, Path(getattr(args, "out", "")) / preset.name, args.device, compile=compile)
+    own = "device", "seed", "data_dir", "teacher", "accumulate"
+    given = {name: value for name, value in vars(args).items() if name in own and value is not None}
+    run = Run(preset, Path(getattr(args, "out", "")) / preset.name, compile=compile, **given)
     if args.command == "bench":
         run = replace(run, preset=replace(preset, distance=args.distance or "l2"))  # needs no weights
         return bench(run, args.batch or (preset.train.batch if args.device == "cuda" else 4))
-    run = replace(run, data_dir=args.data_dir)
     if args.command == "eval":
         return evaluate(run, args.ref)
-    run = replace(run, seed=args.seed or 0)
-    run = replace(run, teacher=getattr(args, "teacher", None), accumulate=getattr(args, "accumulate", 1))
     last = "distill" if args.command == "all" else args.command
     if args.fresh and RANK == 0:
         set_aside(run, "train" if args.command == "all" else last)
     barrier()
-    run_stages(run, last, last == args.command and (asked or args.seed is not None))
-    if args.command == "all" and RANK == 0:
+    run_stages(run, last, asked or args.seed is not None or run.teacher is not None)
+    if args.command == "all" and WORLD == 1:
         evaluate(run)
+    elif args.command == "all":
+        print(f"now `python slimflow.py eval --dataset {args.dataset}` makes the table and the picture")
 
 def join():
     """Join the other processes of a torchrun, of which only the first prints; the store that they share."""
@@ -1715,6 +1732,7 @@ def join():
 
 def main(argv=None):
     """Run the command line and return the exit status: a Fault is one line on stderr and status 2."""
+    torch.backends.cudnn.allow_tf32 = False  # its rounding would look like error to RK45 at 1e-5
     store = join() if WORLD > 1 else None
     try:
         command(parse(sys.argv[1:] if argv is None else argv))
@@ -1727,7 +1745,7 @@ def main(argv=None):
         where = f"{error.filename}: " if error.filename else ""
         message, status = f"{where}{error.strerror or error}", 2
     except (torch.OutOfMemoryError, MemoryError):
-        message, status = "out of memory; try a smaller --batch", 2
+        message, status = "out of memory; try --accumulate 2 or more, or another --device", 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command continues from the last checkpoint", 130
     if sys.stdout.isatty():
