@@ -1510,9 +1510,9 @@ def bench(run, batch):
     configs = preset.teacher, preset.students[preset.student]
     teacher, student = (build(config, device).eval() for config in configs)
     teacher_macs, student_macs = (count_macs(net, preset.shape) for net in (teacher, student))
-    for net, macs in ((teacher, teacher_macs), (compiled(student, run), student_macs)):
-        print(f"{preset.name}: {count_parameters(net):,} parameters, {macs / 1e6:,.1f}M MACs")
-    compiled(teacher, run)
+    for name, net, macs in (("teacher", teacher, teacher_macs), ("student", student, student_macs)):
+        print(f"{preset.name} {name}: {count_parameters(net):,} parameters, {macs / 1e6:,.1f}M MACs")
+        compiled(net, run)
     data, noise = torch.randn(2, batch, *preset.shape, device=device)
     y = torch.randint(preset.label_dim, (batch,), device=device) if preset.label_dim else None
     distance = DISTANCES[preset.distance]
