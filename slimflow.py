@@ -789,6 +789,11 @@ class InertUnpickler(pickle._Unpickler):  # in Python, since the one in C lets a
     """Reads a pickle's numbers, texts, lists and dicts; each class or function that it names is a Record."""
 
     dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: None}  # that one allocates what it is told
+    # Tuples become lists: a tuple of the same tuple twice, 60 deep, would as a key of a dict hash for ever.
+    dispatch |= {pickle.TUPLE[0]: dispatch[pickle.LIST[0]]}
+    dispatch |= {pickle.EMPTY_TUPLE[0]: dispatch[pickle.EMPTY_LIST[0]]}
+    for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), start=1):
+        dispatch[code[0]] = lambda self, n=n: self.stack.__setitem__(slice(-n, None), [self.stack[-n:]])
 
     def find_class(self, module, name):
         return type(name, (Record,), {})

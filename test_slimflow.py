@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -1003,6 +1004,9 @@ def hostile_pickles(folder):
             warnings.simplefilter("ignore")
             return saved(torch.zeros(n).storage(), **options)
 
+    doubled = ()
+    for _ in range(60):
+        doubled = (doubled, doubled)
     floats = storage(4096, _use_new_zipfile_serialization=False)
     short = storage(100, _use_new_zipfile_serialization=False)
 
@@ -1049,6 +1053,9 @@ def hostile_pickles(folder):
         "frame of 2**40": b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"N.",
         "attributes by BUILD": b"\x80\x04ccollections\nOrderedDict\n)\x81N}\x8c\x09__class__cos\nx\ns\x86b.",
         "persistent id": b"\x80\x04\x8c\x03abcQ.",
+        "key that hashes for ever": b"\x80\x04})" + b"2\x86" * 60 + b"Ns.",
+        "name that hashes for ever": tampered(
+            lambda all, _: all["ema"].state["_modules"]["model"].meta.update(class_name=doubled)),
         "deeply nested": b"\x80\x04" + b"]" * 300_000 + b"a" * 299_999 + b".",
     }  # fmt: skip
     return files | {f"cut at {i}/10": good[: len(good) * i // 10] for i in range(1, 10)}
@@ -1489,6 +1496,16 @@ def test_miniature_pipeline_leaves_all_its_files(miniature):
     assert rows["student, 1 step"][3:6] == ["188,769", "4.7M", "1"] and rows["student, 1 step"][7] == "5,000"
     assert 5 < float(rows["real half/half"][2]) < 20 and rows["real half/half"][3] == "898"
     assert "distill is finished" in output
+
+
+def test_ctrl_c_ends_with_one_line(tmp_path):
+    command = [sys.executable, "-u", str(HERE / "slimflow.py"), "train", "--batch", "8"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout.readline().startswith("plan: train, into runs/digits")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "slimflow: interrupted; the same command continues from the last checkpoint\n"
 
 
 def test_finished_stage_says_so_and_more_steps_continue_it(miniature):
