@@ -214,9 +214,9 @@ def load_cifar10(folder):
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 def load_pictures(path, preset):
-    """Images of a folder or zip, decoded once into <path>.64x64.npy beside it and memory-mapped there."""
+    """Images of a folder or zip, decoded once into a file beside it and memory-mapped there."""
     size, row = preset.shape[-1], np.dtype([("image", "u1", preset.shape), ("label", "i8")])
-    decoded = path.with_name(f"{path.name}.{size}x{size}.npy")
+    decoded = path.with_name(f"{path.name}.{size}x{size}{'.labels' if preset.label_dim else ''}.npy")
     if not path.exists():
         raise Fault(f"no images at {path}; --data-dir takes a folder of images or EDM's zip")
     if not decoded.exists() or decoded.stat().st_mtime < path.stat().st_mtime:
@@ -714,7 +714,7 @@ def faults(path, what, remedy="name another, or use --fresh"):
     except (Fault, OSError):  # a folder, or no permission: the system's own words say it best
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = " ".join(str(error).split()).split(". ")[0][:80]
         raise Fault(f"{path} is damaged or no {what} ({reason}); {remedy}") from error
 
 def load_checkpoint(path, entries=("step", "steps", "settings", "model", "ema", "optimizer"), mmap=False):
@@ -1282,9 +1282,13 @@ def distill(run):
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
 INPUTS = {"train": (), "pairs": ("train",), "reflow": ("pairs",), "distill": ("pairs", "reflow")}
 
+def result(run, stage):
+    """The file that a stage makes."""
+    return run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
+
 def finished(run, stage):
     """Whether a stage has made all the steps (or pairs) that its own files say it was started for."""
-    path = run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
+    path = result(run, stage)
     if stage == "pairs" or not path.exists():
         return path.exists()
     state = load_checkpoint(path, mmap=True)
@@ -1311,9 +1315,10 @@ def run_stages(run, last, asked=False):
         STAGES[name](run)
         barrier()
     names = list(STAGES)
-    later = [name for name in names[names.index(last) + 1 :] if (run.folder / name).exists()]
-    if todo and later:
-        print(f"note: {', '.join(later)} in {run.folder} were made before this; --fresh makes them anew")
+    later = [name for name in names[names.index(last) + 1 :] if result(run, name).exists()]
+    older = [name for name in later if result(run, name).stat().st_mtime < result(run, last).stat().st_mtime]
+    if older:
+        print(f"note: {', '.join(older)} in {run.folder} were made before this; --fresh makes them anew")
 
 def set_aside(run, first):
     """Rename the folders of a stage and of those made from it to the next free <stage>.old1, .old2, ..."""
@@ -1428,9 +1433,10 @@ def evaluate(run, given=None):
     run = replace(run, teacher=made["teacher"], compile=False)  # many sizes of batches, each used once
     rows = [row for row in ROWS if finished(run, row[1]) or (run.teacher and row[1] == "train")]
     if not rows:
-        raise Fault(f"{run.folder} holds no finished stage; run `python slimflow.py train` first")
-    images, labels = read_images(run)
+        remedy = f"run `python slimflow.py all --dataset {preset.name}` first, or name its --out"
+        raise Fault(f"{run.folder} holds no finished stage; {remedy}")
     digits = preset.name == "digits"
+    images, labels = read_images(run) if digits or not given else (None, None)
     features = digit_features(run, images, labels) if digits else inception_features(run.device)
     real = reference(run.folder / "reference.npz", given, lambda x: features(x.to(run.device)), images)
     noise, y = fixed_noise(run, preset.samples, seed=4321)  # noise that no stage was trained on
@@ -1588,7 +1594,7 @@ def number(kind, least):
     return parse
 
 COMMANDS = {
-    "all": "the whole pipeline, ending in a table and summary.png; what runs if no command is given",
+    "all": "every stage, then (but under torchrun) `eval`; what runs if no command is given",
     "train": "stage 1: the teacher, a 1-rectified flow",
     "pairs": "stage 2: pairs (noise, data) by the teacher's ODE",
     "reflow": "stage 3: annealing reflow of a small student",
@@ -1671,7 +1677,7 @@ def solver_options(args):
         return dict(solver=args.solver, steps=args.steps)
     if args.solver == "rk45" and not args.steps:
         return RK45
-    raise Fault("--solver euler and --solver heun need --steps, rk45 takes none")
+    raise Fault("--steps is for --solver euler and heun, which need it; rk45 takes none")
 
 def default_solver(path, flow):
     """One step for what was distilled, EDM's own sampler for its networks, else the authors' RK45."""
@@ -1724,6 +1730,7 @@ def command(args):
 
 def join():
     """Join the other processes of a torchrun, of which only the first prints; the store that they share."""
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # each process would say so
     store, *_ = next(dist.rendezvous("env://"))
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -1752,7 +1759,7 @@ def main(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         message, status = "out of memory; try --accumulate 2 or more, or another --device", 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command continues from the last checkpoint", 130
+        message, status = "interrupted; the same command without --fresh continues from what is saved", 130
     if sys.stdout.isatty():
         print()  # end the live line
     if not store or store.add("failed", 1) == 1:  # of several processes, the first to fail speaks

@@ -449,7 +449,7 @@ def test_images_come_from_a_zip_of_edms_and_from_a_folder_alike(tmp_path, capsys
     assert (images.permute(0, 2, 3, 1).numpy() == [pictures[name] for name in by_name]).all()
     assert y.tolist() == [dict(labels)[name] for name in by_name] and y.dtype == torch.int64
     assert "decode" in capsys.readouterr().out
-    assert np.load(tmp_path / "edm.zip.8x8.npy", mmap_mode="r").shape == (5,)
+    assert np.load(tmp_path / "edm.zip.8x8.labels.npy", mmap_mode="r").shape == (5,)
     for name, data in files.items():
         path = tmp_path / "folder" / name.replace("0000", "class", 1)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -459,6 +459,8 @@ def test_images_come_from_a_zip_of_edms_and_from_a_folder_alike(tmp_path, capsys
     assert torch.equal(images, again) and y.tolist() == [0, 0, 0, 1, 1]
     again, y = sf.load_images(little("ffhq64", 8), tmp_path / "folder")
     assert torch.equal(images, again) and y is None
+    again, y = sf.load_images(little("imagenet64", 8, 2), tmp_path / "folder")
+    assert y.tolist() == [0, 0, 0, 1, 1]  # what was decoded without labels does not stand in
 
 
 def test_decoded_images_are_kept_until_the_source_is_newer(tmp_path, capsys):
@@ -535,7 +537,7 @@ def test_unusable_images_and_labels_are_named_and_nothing_is_kept(tmp_path):
     assert not list(tmp_path.glob("*.npy*"))
     zipped(tmp_path / "ok.zip", good)
     sf.load_images(little("imagenet64", 8, 2), tmp_path / "ok.zip")
-    (tmp_path / "ok.zip.8x8.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    (tmp_path / "ok.zip.8x8.labels.npy").write_bytes(b"\x93NUMPY\x01\x00")
     with pytest.raises(sf.Fault, match=r"no file of decoded images .*; delete it"):
         sf.load_images(little("imagenet64", 8, 2), tmp_path / "ok.zip")
 
@@ -1373,6 +1375,7 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(tmp_pa
     count.clear()
     assert fids()[0] == own and sum(count) == 300 + 3 * 600  # the reference is not made again
     np.savez(tmp_path / "stats.npz", mu=real[0] + 10, sigma=real[1])
+    run = replace(run, data_dir=tmp_path / "nowhere")  # the images are not needed then
     given, last = fids(tmp_path / "stats.npz")
     assert "FID against" in last and "stats.npz" in last and given != own
     np.savez(tmp_path / "stats.npz", mean=real[0])
@@ -1505,7 +1508,7 @@ def test_ctrl_c_ends_with_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "slimflow: interrupted; the same command continues from the last checkpoint\n"
+    assert error == "slimflow: interrupted; the same command without --fresh continues from what is saved\n"
 
 
 def test_finished_stage_says_so_and_more_steps_continue_it(miniature):
@@ -1518,6 +1521,9 @@ def test_finished_stage_says_so_and_more_steps_continue_it(miniature):
     assert "12/14 steps  continues from" in output and "note: pairs, reflow, distill" in output
     output = slimflow("train", "--steps", 14, "--batch", 16, "--out", "more", cwd=folder)
     assert "14/14 steps  is complete" in output
+    same = "--batch", 16, "--guidance", 0.5, "--distance", "huber"
+    output = slimflow("distill", "--steps", 2, *same, cwd=folder)
+    assert "8/2 steps  is complete" in output and "note:" not in output
     assert sf.load_checkpoint(folder / "more/digits/train/ckpt.pt")["step"] == 14
 
 
@@ -1583,8 +1589,8 @@ def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
     ("train --batch 1.5", "argument --batch: '1.5' is not a whole number of at least 1"),
     ("train --lr nan", "argument --lr: 'nan' is not a number of at least 0"),
     ("pairs --n 0", "argument --n: '0' is not a whole number of at least 1"),
-    ("pairs --solver heun", "--solver euler and --solver heun need --steps, rk45 takes none"),
-    ("pairs --solver rk45 --steps 3", "--solver euler and --solver heun need --steps, rk45 takes none"),
+    ("pairs --solver heun", "--steps is for --solver euler and heun, which need it; rk45 takes none"),
+    ("pairs --steps 3", "--steps is for --solver euler and heun, which need it; rk45 takes none"),
     ("distill --distance l3", "argument --distance: invalid choice: 'l3'"),
     ("train --guidance 1", "unrecognized arguments: --guidance 1"),
     ("dance", "argument command: invalid choice: 'dance'"),
