@@ -1286,6 +1286,7 @@ def no_network(monkeypatch, tmp_path):
 
 def test_missing_packages_are_named(monkeypatch, tmp_path, one_line):
     sf.lpips_network.cache_clear()
+    monkeypatch.setitem(sf.STAGES, "train", lambda run: pytest.fail("trained before the package was missed"))
     monkeypatch.setitem(sys.modules, "lpips", None)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     line = one_line("distill", "--distance", "lpips", "--out", tmp_path)
