@@ -792,8 +792,12 @@ class InertUnpickler(pickle._Unpickler):  # in Python, since the one in C lets a
     # Tuples become lists: a tuple of the same tuple twice, 60 deep, would as a key of a dict hash for ever.
     dispatch |= {pickle.TUPLE[0]: dispatch[pickle.LIST[0]]}
     dispatch |= {pickle.EMPTY_TUPLE[0]: dispatch[pickle.EMPTY_LIST[0]]}
-    for n, code in enumerate((pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), start=1):
-        dispatch[code[0]] = lambda self, n=n: self.stack.__setitem__(slice(-n, None), [self.stack[-n:]])
+    dispatch |= {pickle.TUPLE1[0]: lambda self: self.list_last(1)}
+    dispatch |= {pickle.TUPLE2[0]: lambda self: self.list_last(2)}
+    dispatch |= {pickle.TUPLE3[0]: lambda self: self.list_last(3)}
+
+    def list_last(self, n):
+        self.stack[-n:] = [self.stack[-n:]]
 
     def find_class(self, module, name):
         return type(name, (Record,), {})
@@ -802,7 +806,7 @@ def attributes(record):
     """The state of a pickled module: EDM's own classes hand it to the function that rebuilds them."""
     return record.args[0]["state"] if record.args else record.state
 
-def tensor(record, shape):
+def read_tensor(record, shape):
     """The float32 tensor of this shape that a Record of torch's rebuilding functions describes."""
     if type(record).__name__ == "_rebuild_parameter":
         record = record.args[0]
@@ -832,9 +836,9 @@ def load_edm(path, device="cpu"):
             node = attributes(inner)
             for parent in parents:
                 node = attributes(node["_modules"][parent])
-            weights[name] = tensor(node["_parameters"][leaf], p.shape)
+            weights[name] = read_tensor(node["_parameters"][leaf], p.shape)
             box = node["_buffers"].get("resample_filter")
-            if box is not None and (tensor(box, (1, 1, 2, 2)) != 0.25).any():
+            if box is not None and (read_tensor(box, (1, 1, 2, 2)) != 0.25).any():
                 raise ValueError("it does not resample by 2x2 boxes")
         return EDMTeacher(build(config, device, weights))
 
@@ -849,8 +853,6 @@ EDM_FIXED |= dict(channel_mult_emb=4, channel_mult_noise=1, resample_filter=[1, 
 
 def edm_config(name, given):
     """Keyword arguments of `UNet` for one of EDM's networks, with what its file says."""
-    if name not in list(EDM_NETWORKS):  # a list, as a hostile name can take for ever to hash
-        raise ValueError("its class is another")
     config = {option: given.get(option, value) for option, value in EDM_NETWORKS[name].items()}
     config |= dict(resolution=given["img_resolution"], channels=given["in_channels"])
     config |= dict(label_dim=given.get("label_dim", 0), kind="adm" if name == "DhariwalUNet" else "ddpm++")
@@ -949,7 +951,7 @@ def barrier():
     if WORLD > 1:
         dist.barrier()
 
-def part_of(batch, accumulate):
+def images_per_pass(batch, accumulate):
     """How many images of a batch one forward pass takes: processes, and passes in each, share it."""
     if batch % (WORLD * accumulate):
         raise Fault(f"a batch of {batch} cannot be split over {WORLD} processes x --accumulate {accumulate}")
@@ -1039,7 +1041,7 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, 
         done, last = step + 1, step + 1 == schedule.steps
         save = folder and RANK == 0 and (last or time.time() >= due)
         if save or last or done % LOG_EVERY == 0:
-            rows.append([done, *means(recent, done, stage, folder)])  # waits for the device only here
+            rows.append([done, *checked_means(recent, done, stage, folder)])  # waits for the device only here
             report(done, f"loss {rows[-1][1]:.4f}")
             recent = []
         if save:
@@ -1067,7 +1069,7 @@ def resume(folder, settings, net, ema, optimizer):
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["rows"]
 
-def means(recent, done, stage, folder):
+def checked_means(recent, done, stage, folder):
     """Check the last steps' (loss, gradient norm), a list of tensors [2], and return their means."""
     recent = torch.stack(recent).cpu()
     bad = (~recent.isfinite().all(dim=1)).nonzero()
@@ -1121,6 +1123,10 @@ class Run:
     accumulate: int = 1  # forward passes that a process splits its share of a batch into
     compile: bool = False  # networks by torch.compile
 
+def result(run, stage):
+    """The file that a stage makes."""
+    return run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
+
 def read_images(run):
     """`load_images`, on the GPU if they fit; under torchrun one process makes the files for all."""
     if RANK:
@@ -1158,7 +1164,7 @@ def fixed_noise(run, n=64, seed=1234):
 
 def train(run):
     """Stage 1: the teacher, a rectified flow on independent pairs of noise and data."""
-    preset, batch = run.preset, part_of(run.preset.train.batch, run.accumulate)
+    preset, batch = run.preset, images_per_pass(run.preset.train.batch, run.accumulate)
     images, labels = read_images(run)
     stored = images, labels if preset.label_dim else None
 
@@ -1183,7 +1189,7 @@ def pairs(run):
     note, parts = folder / "settings.json", folder / "parts"
     if note.exists() and json.loads(note.read_text()) != settings:
         raise Fault(f"{folder} was begun with other settings, see {note}; use --fresh or another --out")
-    if (folder / "pairs.npy").exists():
+    if result(run, "pairs").exists():
         print(f"pairs      {preset.pairs:,} pairs are complete, see {folder}")
         return
     if RANK == 0:
@@ -1205,13 +1211,13 @@ def pairs(run):
     barrier()
     if RANK == 0:
         chunks = (np.load(parts / f"{start}.npy") for start in starts)
-        write_npy(folder / "pairs.npy", pair_dtype(preset), preset.pairs, chunks)
+        write_npy(result(run, "pairs"), pair_dtype(preset), preset.pairs, chunks)
         shutil.rmtree(parts)
         save_grid(folder / "samples.png", load_pairs(run)[1][:64])
 
 def load_teacher(run):
     """The network that writes the pairs: --teacher's, or that of stage 1."""
-    path, preset = run.teacher or run.folder / "train" / "ckpt.pt", run.preset
+    path, preset = run.teacher or result(run, "train"), run.preset
     teacher = load_network(path, run.device)
     channels, size = teacher.config["channels"], teacher.config["resolution"]
     made, needed = (channels, size, size, teacher.label_dim), (*preset.shape, preset.label_dim)
@@ -1225,8 +1231,8 @@ def pair_dtype(preset):
 
 def load_pairs(run):
     """Noise and data, float16 [N, C, H, W], and classes, int64 [N] or None: on the GPU if they fit there."""
-    path, note = run.folder / "pairs" / "pairs.npy", run.folder / "pairs" / "settings.json"
-    if run.teacher and json.loads(note.read_text())["teacher"] != run.teacher:
+    path = result(run, "pairs")
+    if run.teacher and json.loads(path.with_name("settings.json").read_text())["teacher"] != run.teacher:
         raise Fault(f"another teacher wrote {path}; use pairs --fresh or another --out")
     with faults(path, "file of pairs"):
         store = np.load(path, mmap_mode="c")
@@ -1247,7 +1253,8 @@ def draw_pairs(run, stored, batch):
 
 def reflow(run):
     """Stage 3: annealing reflow, from random weights to a small 2-rectified flow."""
-    preset, stored, batch = run.preset, load_pairs(run), part_of(run.preset.reflow.batch, run.accumulate)
+    preset, stored = run.preset, load_pairs(run)
+    batch = images_per_pass(preset.reflow.batch, run.accumulate)
 
     def loss(student, step):
         noise, data, y = draw_pairs(run, stored, batch)
@@ -1262,10 +1269,11 @@ def reflow(run):
 
 def distill(run):
     """Stage 4: flow-guided distillation, from the 2-rectified flow's weights to the one-step generator."""
-    preset, stored, batch = run.preset, load_pairs(run), part_of(run.preset.distill.batch, run.accumulate)
-    flow = load_flow(run.folder / "reflow" / "ckpt.pt", run.device)
+    preset, stored = run.preset, load_pairs(run)
+    batch = images_per_pass(preset.distill.batch, run.accumulate)
+    flow = load_flow(result(run, "reflow"), run.device)
     if any(flow.config[name] != value for name, value in preset.students[preset.student].items()):
-        raise Fault(f"{run.folder}/reflow/ckpt.pt is not the {preset.student} student; name its --student")
+        raise Fault(f"{result(run, 'reflow')} is not the {preset.student} student; name its --student")
     flow, distance = compiled(flow, run), DISTANCES[preset.distance]
 
     def loss(student, step):
@@ -1281,10 +1289,6 @@ def distill(run):
 
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
 INPUTS = {"train": (), "pairs": ("train",), "reflow": ("pairs",), "distill": ("pairs", "reflow")}
-
-def result(run, stage):
-    """The file that a stage makes."""
-    return run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
 
 def finished(run, stage):
     """Whether a stage has made all the steps (or pairs) that its own files say it was started for."""
@@ -1303,7 +1307,7 @@ def unfinished(run, stage):
 
 def run_stages(run, last, asked=False):
     """Run a stage and what it needs, where not finished; `last` in any case if its numbers were asked for."""
-    todo = unfinished(run, last) or [last] * asked
+    todo = unfinished(run, last) or ([last] if asked else [])
     if todo:
         print(f"plan: {' -> '.join(todo)}, into {run.folder}, on {WORLD} x {run.device}")
     else:
@@ -1435,21 +1439,20 @@ def evaluate(run, given=None):
     if not rows:
         remedy = f"run `python slimflow.py all --dataset {preset.name}` first, or name its --out"
         raise Fault(f"{run.folder} holds no finished stage; {remedy}")
-    digits = preset.name == "digits"
-    images, labels = read_images(run) if digits or not given else (None, None)
-    features = digit_features(run, images, labels) if digits else inception_features(run.device)
+    builtin = preset.name == "digits"  # judged by a classifier of digits instead of Inception
+    images, labels = read_images(run) if builtin or not given else (None, None)
+    features = digit_features(run, images, labels) if builtin else inception_features(run.device)
     real = reference(run.folder / "reference.npz", given, lambda x: features(x.to(run.device)), images)
     noise, y = fixed_noise(run, preset.samples, seed=4321)  # noise that no stage was trained on
-    distance = "Frechet" if digits else "FID"
+    distance = "Frechet" if builtin else "FID"
     table = [("stage", "parameters", "MACs", "NFE", distance, "images", "straightness", "ms/image")]
     strips = []
     for name, stage, solver in rows:
-        path = run.folder / stage / "ckpt.pt"
-        flow = load_teacher(run) if stage == "train" else load_flow(path, run.device)
+        flow = load_teacher(run) if stage == "train" else load_flow(result(run, stage), run.device)
         strip, nfe = sample(flow, noise[:12], y=y if y is None else y[:12], **(solver or made["solver"]))
         if solver is None and finished(run, "pairs"):  # what is stored need not be sampled again
             stored = load_pairs(run)[1][: preset.samples]
-            nfe = round(np.load(run.folder / "pairs" / "pairs.npy", mmap_mode="r")["nfe"].mean())
+            nfe = round(np.load(result(run, "pairs"), mmap_mode="r")["nfe"].mean())
             parts, count = stored.split(SAMPLE_BATCH), len(stored)
             pictures = (to_uint8(x.to(run.device).float()) for x in parts)
         else:
@@ -1460,7 +1463,7 @@ def evaluate(run, given=None):
         ms = nfe * seconds_per(partial(one_step, flow, noise[:100]), run.device) / 100 * 1e3
         table.append((name, *sizes, nfe, f"{fid:.2f}", f"{count:,}", bend, f"{ms:.3f}"))
         strips.append((f"{name}\n{nfe} NFE, {distance} {fid:,.0f}", grid(strip, 12)))
-    if digits:
+    if builtin:
         half = f"{halves_distance(features(images)):.2f}"
         table.append(("real half/half", "", "", "", half, f"{len(images) // 2:,}", "", ""))
     print_table(table)
@@ -1515,8 +1518,8 @@ def peak_memory(device):
 
 RK45_NFE = 150  # evaluations that `bench` assumes for a pair by RK45
 
-def bench(run, batch):
-    """Speed of each stage on random images, its share of the matmul rate, and its schedule's hours."""
+def workloads(run, batch):
+    """What `bench` times, one after the other: name, function to call, MACs of an image, images in all."""
     preset, device = run.preset, run.device
     configs = preset.teacher, preset.students[preset.student]
     teacher, student = (build(config, device).eval() for config in configs)
@@ -1544,21 +1547,23 @@ def bench(run, batch):
     def sampling(net):
         return torch.no_grad()(lambda: one_step(net, noise, y))
 
-    work = [plan.steps * plan.batch for plan in (preset.train, preset.reflow, preset.distill)]
-    jobs = (  # name, maker of a call and its arguments, MACs of an image (backward: twice), images in all
-        ("train", training, (configs[0], flow_loss), 3 * teacher_macs, work[0]),
-        ("pairs, per evaluation", sampling, (teacher,), teacher_macs, RK45_NFE * preset.pairs),
-        ("reflow", training, (configs[1], flow_loss), 3 * student_macs, work[1]),
-        ("distill", training, (configs[1], student_loss), 8 * student_macs, work[2]),
-        ("sample, one step", sampling, (student,), student_macs, preset.samples),
-    )
+    train, reflow, distill = (p.steps * p.batch for p in (preset.train, preset.reflow, preset.distill))
+    # A backward pass takes twice the forward's MACs; guided distillation has two of both, and two steps more.
+    yield "train", training(configs[0], flow_loss), 3 * teacher_macs, train
+    yield "pairs, per evaluation", sampling(teacher), teacher_macs, RK45_NFE * preset.pairs
+    yield "reflow", training(configs[1], flow_loss), 3 * student_macs, reflow
+    yield "distill", training(configs[1], student_loss), 8 * student_macs, distill
+    yield "sample, one step", sampling(student), student_macs, preset.samples
+
+def bench(run, batch):
+    """Speed of each stage on random images, its share of the matmul rate, and its schedule's hours."""
+    device = run.device
     n, low = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=low)
     table = [("stage", "images/s", "GFLOP/s", "of matmul", "peak GiB", "images", "hours")]
-    for name, make, arguments, macs, images in jobs:
+    for name, call, macs, images in workloads(run, batch):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        call = make(*arguments)
         before, seconds = seconds_per(lambda: a @ a, device), seconds_per(call, device)
         matmul = 4 * n**3 / (before + seconds_per(lambda: a @ a, device))  # operations per second
         rate, peak = 2 * macs * batch / seconds, f"{peak_memory(device) / 2**30:.1f}"
@@ -1566,7 +1571,8 @@ def bench(run, batch):
         table.append((name, *cells, f"{images * seconds / batch / 3600:,.1f}"))
     print_table(table)
     print(f"matmul: {matmul / 1e9:,.0f} GFLOP/s, {n} x {n}, {str(low)[6:]}, {device}; batch {batch}")
-    print(f"torch {torch.__version__}; distance {preset.distance}; hours of pairs: for {RK45_NFE} NFE each")
+    distance = run.preset.distance
+    print(f"torch {torch.__version__}; distance {distance}; hours of pairs: for {RK45_NFE} NFE each")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1667,9 +1673,9 @@ def changed(preset, args):
         changes["pairs"] = args.n
     if args.command == "pairs" and (args.solver or args.steps):
         changes["solver"] = solver_options(args)
-    elif str(given.get("teacher")).endswith(".pkl"):
-        return replace(preset, solver=dict(solver="edm", steps=preset.edm_steps), **changes), bool(changes)
-    return replace(preset, **changes), bool(changes)
+    by_edm = str(given.get("teacher")).endswith(".pkl")
+    solver = dict(solver="edm", steps=preset.edm_steps) if by_edm else preset.solver
+    return replace(preset, **(dict(solver=solver) | changes)), bool(changes)
 
 def solver_options(args):
     """--solver and --steps as keyword arguments of `sample`."""
@@ -1683,8 +1689,9 @@ def default_solver(path, flow):
     """One step for what was distilled, EDM's own sampler for its networks, else the authors' RK45."""
     if isinstance(flow, EDMTeacher):
         return dict(solver="edm", steps=18)
-    distilled = Path(path).suffix == ".pth" or load_checkpoint(path)["settings"]["stage"] == "distill"
-    return ONE_STEP if distilled else RK45
+    if Path(path).suffix == ".pth":
+        return ONE_STEP
+    return ONE_STEP if load_checkpoint(path, mmap=True)["settings"]["stage"] == "distill" else RK45
 
 def sample_command(args):
     """Images from a checkpoint, as a picture of up to 64 and, with --npz, as an array of all."""
