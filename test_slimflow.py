@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -304,7 +305,7 @@ def test_rk45_takes_scipys_steps(tolerance):
     torch.testing.assert_close(x, torch.tensor([end], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("adams", 3)])
 def test_solvers_converge_at_their_order(solver, order):
     """On a smooth field; with Heun's last step Euler's, its local error h^2 keeps the order 2."""
     field = lambda x, t, y: x * (t[:, None] - 2)  # noqa: E731
@@ -317,12 +318,32 @@ def test_solvers_converge_at_their_order(solver, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("solver, steps, nfe", [("euler", 7, 7), ("heun", 7, 13), ("heun", 1, 1)])
+@pytest.mark.parametrize("solver, steps, nfe", [
+    ("euler", 7, 7), ("heun", 7, 13), ("heun", 1, 1), ("adams", 7, 7), ("adams", 1, 1),
+])  # fmt: skip
 def test_solvers_take_the_evaluations_they_promise(solver, steps, nfe):
     z = torch.randn(2, 3)
     assert sf.sample(wavy, z, solver, steps=steps)[1] == nfe
     times = [t for t, _ in sf.SOLVERS[solver](wavy, z, steps)]
     assert times[0] == sf.T0 and times[-1] == pytest.approx(1) and len(times) == steps + 1
+
+
+def test_adams_is_exact_where_the_velocity_is_linear_in_time():
+    """Its first step is Euler's, mended by the trapezoid; from then on it integrates parabolas."""
+    z = torch.randn(2, 3, dtype=torch.float64)
+    states = list(sf.adams(lambda x, t, y: (3 - 5 * t)[:, None].expand_as(x), z, 6))
+    for t, x in states[1:]:
+        exact = z + 3 * (t - sf.T0) - 2.5 * (t**2 - sf.T0**2)
+        torch.testing.assert_close(x, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_adams_beats_rk45_at_half_of_its_evaluations():
+    z = torch.randn(256, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact, _ = sf.sample(wavy, z, "rk45", rtol=1e-9, atol=1e-9)
+    for tolerance in (1e-3, 1e-5):
+        x, nfe = sf.sample(wavy, z, "rk45", rtol=tolerance, atol=tolerance)
+        ours, taken = sf.sample(wavy, z, "adams", steps=nfe // 2)
+        assert taken == nfe // 2 and sf.l2(ours, exact).mean() < sf.l2(x, exact).mean()
 
 
 def test_one_euler_step_is_one_step():
@@ -332,7 +353,8 @@ def test_one_euler_step_is_one_step():
 
 def test_solvers_hand_the_class_on():
     z, y = torch.zeros(3, 2), torch.tensor([1, 2, 3])
-    for solver, options in (("euler", {"steps": 3}), ("heun", {"steps": 3}), ("rk45", {})):
+    for solver in sf.SOLVERS:
+        options = {} if solver == "rk45" else dict(steps=3)
         x, _ = sf.sample(lambda x, t, y: y[:, None].expand(-1, 2).float(), z, solver, y=y, **options)
         torch.testing.assert_close(x, y[:, None].expand(-1, 2).float(), atol=4e-3, rtol=0)
 
@@ -744,6 +766,9 @@ def test_distill_adds_its_share_of_guidance_and_starts_from_the_2_flow(tmp_path,
         assert all(torch.equal(p, q) for p, q in zip(options["start"].parameters(), flow.parameters()))
     assert losses[1.0] > losses[0.0] > 0
     assert losses[3.0] - losses[0.0] == pytest.approx(3 * (losses[1.0] - losses[0.0]), rel=1e-3)
+    sizes = []
+    loss(lambda x, t, y=None: sizes.append(len(x)) or x, 0)
+    assert sizes == [8, 2]  # the batch, and a quarter of it in fresh noise
 
 
 def test_exchanged_noise_and_data_are_noticed(tmp_path):
@@ -1570,15 +1595,31 @@ def test_sample_writes_pictures_and_arrays(miniature):
     assert (sf.to_uint8(sf.one_step(flow, torch.randn(70, 1, 8, 8))).permute(0, 2, 3, 1).numpy() == a).all()
 
 
+def test_solvers_compares_their_errors(miniature):
+    folder, _ = miniature
+    out = slimflow("solvers", "--ckpt", "runs/digits/train/ckpt.pt", "--n", 8, cwd=folder)
+    rows = [re.split(r"  +", line) for line in out.splitlines()[1:-1]]
+    errors = {name: float(error) for name, _, error in rows}
+    assert len(rows) == 19 and [nfe for name, nfe, _ in rows if name.startswith("heun")][-1] == "127"
+    for name in ("euler", "heun", "adams"):
+        assert errors[f"{name}, 64"] < errors[f"{name}, 8"] / 4
+    assert (folder / "solvers.png").stat().st_size > 0 and "8 images, against rk45" in out
+
+
 def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
-    out = slimflow("bench", "--batch", 8, cwd=tmp_path)
+    out = slimflow("bench", "--batch", 8, "--profile", cwd=tmp_path)
     assert "188,769 parameters" in out and "distance l2" in out
-    rows = {line.split("  ")[0]: line.split()[-6:] for line in out.splitlines()[3:8]}
+    rows = {line.split("  ")[0]: line.split()[-7:] for line in out.splitlines()[-7:-2]}
     assert list(rows) == ["train", "pairs, per evaluation", "reflow", "distill", "sample, one step"]
-    for rate, flops, share, _, images, hours in rows.values():
-        assert float(flops.replace(",", "")) > 0 and share.endswith("%")
+    for rate, spread, flops, share, _, images, hours in rows.values():
+        assert float(flops.replace(",", "")) > 0 and share.endswith("%") and spread.endswith("%")
         days = float(images.replace(",", "")) / float(rate.replace(",", "")) / 3600
         assert float(hours.replace(",", "")) == pytest.approx(days, rel=0.1, abs=0.1)
+    assert re.search(r"cpu: matmul \d+ GFLOP/s \(2048 x 2048, float32\), memory \d+ GB/s; torch", out)
+    operations = out.split("of reflow")[1].splitlines()[1:11]
+    assert "convolution_backward" in " ".join(operations[:2])
+    shares = [float(line.split()[-1].rstrip("%")) for line in operations]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100
     assert not list(tmp_path.iterdir())
 
 
@@ -1590,8 +1631,8 @@ def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
     ("train --batch 1.5", "argument --batch: '1.5' is not a whole number of at least 1"),
     ("train --lr nan", "argument --lr: 'nan' is not a number of at least 0"),
     ("pairs --n 0", "argument --n: '0' is not a whole number of at least 1"),
-    ("pairs --solver heun", "--steps is for --solver euler and heun, which need it; rk45 takes none"),
-    ("pairs --steps 3", "--steps is for --solver euler and heun, which need it; rk45 takes none"),
+    ("pairs --solver heun", "--steps is for --solver euler, heun and adams, which need it; rk45 takes none"),
+    ("pairs --steps 3", "--steps is for --solver euler, heun and adams, which need it; rk45 takes none"),
     ("distill --distance l3", "argument --distance: invalid choice: 'l3'"),
     ("train --guidance 1", "unrecognized arguments: --guidance 1"),
     ("dance", "argument command: invalid choice: 'dance'"),
