@@ -1590,6 +1590,7 @@ def test_sample_writes_pictures_and_arrays(miniature):
     assert a.shape == (70, 8, 8, 1) and a.dtype == np.uint8
     slimflow("sample", "--ckpt", ckpt, "--n", 70, "--npz", "b.npz", "--seed", 1, cwd=folder)
     assert (np.load(folder / "b.npz")["arr_0"] != a).any()
+    assert "adams, steps 3" in slimflow("sample", "--ckpt", ckpt, "--solver", "adams", "--steps", 3, cwd=folder)
     flow = sf.load_flow(ckpt)
     sf.seed_all(0, "sample", 0)
     assert (sf.to_uint8(sf.one_step(flow, torch.randn(70, 1, 8, 8))).permute(0, 2, 3, 1).numpy() == a).all()
