@@ -85,7 +85,7 @@ class Preset:
     anneal: int  # reflow steps over which b falls from 1 to 0; 0 is plain reflow
     anneal_schedule: str = "linear"  # authors
     guidance: float = 1.0  # weight of the guidance loss; 0 is naive distillation
-    fresh: float = 1.0  # fresh noises per stored pair in the guidance loss
+    guidance_share: float = 1.0  # fresh noises in the guidance loss per stored pair of the batch
     distance: str = "l2"  # D of the distillation
     flip: bool = True  # mirror half of the images; authors
     label_dim: int = 0  # number of classes, 0 if unconditional
@@ -119,12 +119,12 @@ digits = Preset(
     train=Schedule(steps=1_200, batch=64, lr=2e-3, warmup=100, decay=0.6, ema=0.998),
     reflow=Schedule(steps=1_100, batch=64, lr=4e-3, warmup=100, decay=0.6, ema=0.998),
     distill=Schedule(steps=700, batch=64, lr=1e-3, warmup=0, decay=0.6, ema=0.998),  # lr 2e-3 was no better
-    pairs=6_000,  # with 5,000 the student errs 5 times as much on other noise as on theirs
+    pairs=6_000,  # still few: the student errs twice as much on other noise as on theirs
     solver=dict(solver="adams", steps=12),
     edm_steps=18,
     anneal=250,  # 23 % of the steps
     guidance=0.1,  # with this many pairs 0 is a little better, 1 worse: see README
-    fresh=0.25,  # as good as 1, in 0.6 of the time
+    guidance_share=0.25,  # as good as 1, in 0.6 of the time
     distance="huber",
     flip=False,
     samples=5_000,
@@ -140,7 +140,7 @@ cifar10 = Preset(
     reflow=Schedule(steps=800_000),  # authors: about 800,000
     distill=Schedule(steps=200_000, warmup=0),  # authors: no warm-up; length: ours
     pairs=50_000,  # authors
-    solver=dict(solver="adams", steps=48),  # ours: about a third of RK45's evaluations, see README
+    solver=dict(solver="adams", steps=48),  # ours, about a third of RK45's evaluations: see README
     edm_steps=18,  # EDM's for CIFAR-10: 35 evaluations
     anneal=300_000,  # authors
     distance="lpips",  # authors
@@ -613,11 +613,11 @@ def heun(flow, noise, steps, y=None):
 
 @torch.no_grad()
 def adams(flow, noise, steps, y=None):
-    """Order 3, `steps` evaluations: a multistep method, Adams' predictor and corrector.
+    """Order 3, `steps` evaluations: a multistep method, Adams' predictor and corrector (PEC).
 
     The parabola through the last three velocities is integrated twice: over the step behind, to correct x
     with what is known now, and over the step ahead, to guess where to evaluate next. The grid sin(pi/2 i/N)
-    is dense near the data, where the paths bend most.
+    is dense near the data, where images settle. The last step is a guess that nothing corrects.
     """
     grid = (T0 + (1 - T0) * np.sin(np.linspace(0, np.pi / 2, steps + 1))).tolist()
     x, guess, known = noise, noise, []
@@ -1232,6 +1232,8 @@ def pairs(run):
         noise = torch.randn(n, *preset.shape).half().float()  # as it is stored
         y = torch.randint(preset.label_dim, (n,)).to(run.device) if preset.label_dim else None
         data, nfe = sample(teacher, noise.to(run.device), y=y, **preset.solver)
+        if not data.isfinite().all():
+            raise Fault("pairs: the teacher's images are not finite; try another --teacher or --solver rk45")
         batch = np.zeros(n, pair_dtype(preset))
         batch["noise"], batch["data"] = noise, data.cpu()
         batch["y"], batch["nfe"] = -1 if y is None else y.cpu(), nfe
@@ -1309,12 +1311,12 @@ def distill(run):
         noise, data, y = draw_pairs(run, stored, batch)
         loss = distillation_loss(student, noise, data, distance, y)
         if preset.guidance:
-            n = math.ceil(preset.fresh * batch)
+            n = math.ceil(preset.guidance_share * batch)
             z, y = torch.randn_like(noise[:n]), y if y is None else y[:n]
             loss = loss + preset.guidance * guidance_loss(student, flow, z, distance, y=y)
         return loss
 
-    settings = dict(guidance=preset.guidance, distance=preset.distance)
+    settings = dict(guidance=preset.guidance, guidance_share=preset.guidance_share, distance=preset.distance)
     fit_stage(run, "distill", flow.config, loss, ONE_STEP, start=flow, **settings)
 
 STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
@@ -1528,9 +1530,9 @@ def draw_summary(path, strips):
     save_safely(path, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 def timed(work, device, repeats=5):
-    """Sorted seconds of some calls, after one to warm up; of fewer calls where they are slow."""
+    """Sorted seconds of some calls, after one to warm up; of three at most where they are slow."""
     seconds = []
-    while len(seconds) < 2 or (len(seconds) <= repeats and sum(seconds) < 20):
+    while len(seconds) <= min(repeats, 3) or (len(seconds) <= repeats and sum(seconds) < 20):
         began = time.perf_counter()
         work()
         if device == "cuda":
@@ -1557,13 +1559,13 @@ def workloads(run, batch):
         compiled(net, run)
     data, noise = torch.randn(2, batch, *preset.shape, device=device)
     y = torch.randint(preset.label_dim, (batch,), device=device) if preset.label_dim else None
-    distance, fresh = DISTANCES[preset.distance], math.ceil(preset.fresh * batch)
+    distance, n = DISTANCES[preset.distance], math.ceil(preset.guidance_share * batch)
 
     def flow_loss(net, step):
         return rectified_flow_loss(net, torch.randn_like(data), data, y)
 
     def student_loss(net, step):
-        z, c = torch.randn_like(data[:fresh]), y if y is None else y[:fresh]
+        z, c = torch.randn_like(data[:n]), y if y is None else y[:n]
         guidance = guidance_loss(net, student, z, distance, y=c)
         return distillation_loss(net, noise, data, distance, y) + guidance
 
@@ -1581,36 +1583,39 @@ def workloads(run, batch):
     yield "train", training(configs[0], flow_loss), 3 * teacher_macs, train
     yield "pairs, per evaluation", sampling(teacher), teacher_macs, preset.solver["steps"] * preset.pairs
     yield "reflow", training(configs[1], flow_loss), 3 * student_macs, reflow
-    yield "distill", training(configs[1], student_loss), (3 + 5 * preset.fresh) * student_macs, distill
+    distill_macs = (3 + 5 * preset.guidance_share) * student_macs
+    yield "distill", training(configs[1], student_loss), distill_macs, distill
     yield "sample, one step", sampling(student), student_macs, preset.samples
 
 def bench(run, batch, profile=False):
     """Speed of each stage on random images, its share of the matmul rate, and its schedule's hours."""
     device = run.device
     n, low = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    a, store = torch.randn(n, n, device=device, dtype=low), torch.zeros(2, 2**26, device=device)
+    a = torch.randn(n, n, device=device, dtype=low)
 
     def matmul_rate():  # operations per second
         return 2 * n**3 / statistics.median(timed(lambda: a @ a, device))
 
-    rate = matmul_rate()
-    bandwidth = 2 * store[0].nbytes / statistics.median(timed(lambda: store[0].copy_(store[1]), device))
+    after = matmul_rate()
     table = [("stage", "images/s", "spread", "GFLOP/s", "of matmul", "peak GiB", "images", "hours")]
     for name, call, macs, images in workloads(run, batch):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        calls = timed(call, device)
-        before, rate, seconds = rate, matmul_rate(), statistics.median(calls) / batch
-        share, peak = 2 * macs / seconds / ((before + rate) / 2), peak_memory(device) / 2**30
-        speed = f"{1 / seconds:,.1f}", f"{(calls[-1] - calls[0]) / batch / seconds:.0%}"
-        cells = *speed, f"{2 * macs / seconds / 1e9:,.0f}", f"{share:.0%}", f"{peak:.1f}"
+        calls, before, peak = timed(call, device), after, peak_memory(device) / 2**30
+        after, seconds = matmul_rate(), statistics.median(calls) / batch
+        rate, spread = 2 * macs / seconds, (calls[-1] - calls[0]) / batch / seconds
+        share = rate / ((before + after) / 2)
+        cells = f"{1 / seconds:,.1f}", f"{spread:.0%}", f"{rate / 1e9:,.0f}", f"{share:.0%}", f"{peak:.1f}"
         table.append((name, *cells, f"{images:,}", f"{images * seconds / 3600:,.1f}"))
         if profile and name == "reflow":
             print_table(costliest(call, device))
     print_table(table)
-    matmul = f"matmul {rate / 1e9:,.0f} GFLOP/s ({n} x {n}, {str(low)[6:]})"
+    one, other = torch.zeros(2, 2**26, device=device)
+    bandwidth = 2 * one.nbytes / statistics.median(timed(lambda: one.copy_(other), device))
+    matmul = f"matmul {after / 1e9:,.0f} GFLOP/s ({n} x {n}, {str(low)[6:]})"
     print(f"{device}: {matmul}, memory {bandwidth / 1e9:,.0f} GB/s; torch {torch.__version__}; batch {batch}")
-    print(f"distance {run.preset.distance}; pairs by {run.preset.solver}; spread: slowest minus fastest call")
+    how = ", ".join(f"{name} {value}" for name, value in run.preset.solver.items())
+    print(f"distance {run.preset.distance}; pairs by {how}; spread: (slowest - fastest call) / median")
 
 def costliest(call, device, n=10):
     """Rows of a table: the operations in which a call spends most time, and their share of it."""
@@ -1619,12 +1624,14 @@ def costliest(call, device, n=10):
     gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as record:
         timed(call, device, repeats=1)  # two calls
-    spent = {x.key: x.self_device_time_total if gpu else x.self_cpu_time_total for x in record.key_averages()}
-    calls = {x.key: x.count // 2 for x in record.key_averages()}
+    operations = [
+        (x.self_device_time_total if gpu else x.self_cpu_time_total, x.key, x.count)
+        for x in record.key_averages()
+    ]
+    total = sum(spent for spent, _, _ in operations)
     rows = [("ten costliest operations of reflow", "calls", "ms", "share")]
-    for name in sorted(spent, key=spent.get, reverse=True)[:n]:
-        share = f"{spent[name] / sum(spent.values()):.1%}"
-        rows.append((name[:70], calls[name], f"{spent[name] / 2e3:.2f}", share))
+    for spent, name, count in sorted(operations, reverse=True)[:n]:
+        rows.append((name[:70], count // 2, f"{spent / 2e3:.2f}", f"{spent / total:.1%}"))
     return rows
 
 
@@ -1660,7 +1667,7 @@ COMMANDS = {
     "distill": "stage 4: flow-guided distillation into one step",
     "sample": "images from a checkpoint",
     "eval": "table and summary.png of the finished stages",
-    "solvers": "a checkpoint's ODE by every solver: error against evaluations, as a table and a picture",
+    "solvers": "a checkpoint's ODE by each solver of Section 5: error against evaluations",
     "bench": "speed of each stage on random images, and the hours that its schedule takes",
 }
 RUNS = "all train pairs reflow distill"
@@ -1735,7 +1742,7 @@ def changed(preset, args):
 
 def solver_options(args):
     """--solver and --steps as keyword arguments of `sample`."""
-    if args.solver in ("euler", "heun", "adams") and args.steps:
+    if args.solver not in (None, "rk45") and args.steps:
         return dict(solver=args.solver, steps=args.steps)
     if args.solver == "rk45" and not args.steps:
         return RK45
@@ -1774,15 +1781,15 @@ def solvers_command(args):
     from matplotlib.figure import Figure
 
     flow, noise, y = start(args)
-    exact, _ = sample(flow, noise, y=y, rtol=1e-6, atol=1e-6)
+    exact, _ = sample(flow, noise, y=y, rtol=1e-7, atol=1e-7)
     settings = [dict(solver=name, steps=n) for name in ("euler", "heun", "adams") for n in (4, 8, 16, 32, 64)]
     settings += [dict(solver="rk45", rtol=10**-n, atol=10**-n) for n in (2, 3, 4, 5)]
-    table, lines = [("solver", "NFE", "error")], defaultdict(list)
+    table, lines = [("solver, steps or tolerance", "NFE", "error")], defaultdict(list)
     for options in settings:
         x, nfe = sample(flow, noise, y=y, **options)
-        name, *how = options.values()
-        lines[name].append((nfe, _rms(x - exact)))
-        table.append((f"{name}, {how[0]:g}", nfe, f"{lines[name][-1][1]:.1e}"))
+        name, error = options["solver"], _rms(x - exact)
+        lines[name].append((nfe, error))
+        table.append((f"{name}, {options.get('steps') or options['rtol']:g}", nfe, f"{error:.1e}"))
     print_table(table)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -1792,14 +1799,16 @@ def solvers_command(args):
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="error of a pixel (rms)")
     axes.legend()
     save_safely(Path(args.png), lambda file: figure.savefig(file, dpi=120, format="png"))
-    print(f"{args.png}: {len(noise)} images, against rk45 at tolerance 1e-6; images lie in [-1, 1]")
+    print(f"{args.png}: {len(noise)} images, against rk45 at tolerance 1e-7; images lie in [-1, 1]")
 
 def command(args):
     """Run one command."""
     if WORLD > 1 and args.command not in RUNS.split():
         raise Fault(f"{args.command} is for one process; run it without torchrun")
-    if args.command in ("sample", "solvers"):
-        return (sample_command if args.command == "sample" else solvers_command)(args)
+    if args.command == "sample":
+        return sample_command(args)
+    if args.command == "solvers":
+        return solvers_command(args)
     preset, asked = changed(PRESETS[args.dataset], args)
     compile = args.device == "cuda" and preset.name != "digits" and not getattr(args, "no_compile", True)
     own = "device", "seed", "data_dir", "teacher", "accumulate"
@@ -1850,7 +1859,7 @@ def main(argv=None):
         where = f"{error.filename}: " if error.filename else ""
         message, status = f"{where}{error.strerror or error}", 2
     except (torch.OutOfMemoryError, MemoryError):
-        message, status = "out of memory; try --accumulate 2 or more, or another --device", 2
+        message, status = "out of memory; try --accumulate 2 or more, a smaller --n, or another --device", 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command without --fresh continues from what is saved", 130
     if sys.stdout.isatty():

@@ -737,6 +737,17 @@ def stage_loss(monkeypatch, run, stage):
     return loss, options
 
 
+def test_pairs_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path, solver=dict(solver="adams", steps=3))
+    sf.run_stages(run, "train")
+    broken = sf.load_checkpoint(run.folder / "train/ckpt.pt")
+    next(iter(broken["ema"].values())).fill_(math.nan)
+    torch.save(broken, run.folder / "train/ckpt.pt")
+    with pytest.raises(sf.Fault, match="the teacher's images are not finite"):
+        sf.run_stages(run, "pairs")
+    assert not list(run.folder.rglob("*.npy"))
+
+
 def test_reflow_anneals_from_random_pairs_to_the_stored_ones(tmp_path, monkeypatch):
     run = tiny_run(tmp_path)
     sf.run_stages(run, "pairs")
@@ -1590,7 +1601,8 @@ def test_sample_writes_pictures_and_arrays(miniature):
     assert a.shape == (70, 8, 8, 1) and a.dtype == np.uint8
     slimflow("sample", "--ckpt", ckpt, "--n", 70, "--npz", "b.npz", "--seed", 1, cwd=folder)
     assert (np.load(folder / "b.npz")["arr_0"] != a).any()
-    assert "adams, steps 3" in slimflow("sample", "--ckpt", ckpt, "--solver", "adams", "--steps", 3, cwd=folder)
+    given = "--solver", "adams", "--steps", 3, "--n", 8
+    assert "adams, steps 3" in slimflow("sample", "--ckpt", ckpt, *given, cwd=folder)
     flow = sf.load_flow(ckpt)
     sf.seed_all(0, "sample", 0)
     assert (sf.to_uint8(sf.one_step(flow, torch.randn(70, 1, 8, 8))).permute(0, 2, 3, 1).numpy() == a).all()
