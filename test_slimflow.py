@@ -1601,22 +1601,23 @@ def test_sample_writes_pictures_and_arrays(miniature):
     assert a.shape == (70, 8, 8, 1) and a.dtype == np.uint8
     slimflow("sample", "--ckpt", ckpt, "--n", 70, "--npz", "b.npz", "--seed", 1, cwd=folder)
     assert (np.load(folder / "b.npz")["arr_0"] != a).any()
-    given = "--solver", "adams", "--steps", 3, "--n", 8
-    assert "adams, steps 3" in slimflow("sample", "--ckpt", ckpt, *given, cwd=folder)
+    given = sf.parse(["sample", "--ckpt", str(ckpt), "--solver", "adams", "--steps", "3"])
+    assert sf.solver_options(given) == dict(solver="adams", steps=3)
     flow = sf.load_flow(ckpt)
     sf.seed_all(0, "sample", 0)
     assert (sf.to_uint8(sf.one_step(flow, torch.randn(70, 1, 8, 8))).permute(0, 2, 3, 1).numpy() == a).all()
 
 
-def test_solvers_compares_their_errors(miniature):
-    folder, _ = miniature
-    out = slimflow("solvers", "--ckpt", "runs/digits/train/ckpt.pt", "--n", 8, cwd=folder)
+def test_solvers_compares_their_errors(miniature, tmp_path, capsys):
+    given = "--ckpt", miniature[0] / "runs/digits/train/ckpt.pt", "--n", 8, "--png", tmp_path / "errors.png"
+    assert sf.main(["solvers", *map(str, given)]) == 0
+    out = capsys.readouterr().out
     rows = [re.split(r"  +", line) for line in out.splitlines()[1:-1]]
     errors = {name: float(error) for name, _, error in rows}
     assert len(rows) == 19 and [nfe for name, nfe, _ in rows if name.startswith("heun")][-1] == "127"
     for name in ("euler", "heun", "adams"):
         assert errors[f"{name}, 64"] < errors[f"{name}, 8"] / 4
-    assert (folder / "solvers.png").stat().st_size > 0 and "8 images, against rk45" in out
+    assert (tmp_path / "errors.png").stat().st_size > 0 and "8 images, against rk45" in out
 
 
 def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
