@@ -106,7 +106,7 @@ def small_ddpmpp(resolution):
         "3.4M": network | dict(model_channels=64, channel_mult=(1, 1, 2), num_blocks=1, attn_resolutions=()),
     }
 
-RK45 = dict(solver="rk45", rtol=1e-5, atol=1e-5)  # authors, by SciPy: they write the pairs with it
+RK45 = dict(solver="rk45", rtol=1e-5, atol=1e-5)  # with which the authors write their pairs
 
 digits = Preset(
     name="digits",

@@ -737,7 +737,7 @@ def stage_loss(monkeypatch, run, stage):
     return loss, options
 
 
-def test_pairs_that_are_not_finite_are_not_kept(tmp_path, monkeypatch):
+def test_pairs_that_are_not_finite_are_not_kept(tmp_path):
     run = tiny_run(tmp_path, solver=dict(solver="adams", steps=3))
     sf.run_stages(run, "train")
     broken = sf.load_checkpoint(run.folder / "train/ckpt.pt")
