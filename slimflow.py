@@ -1372,14 +1372,15 @@ def set_aside(run, first):
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of two Gaussians, means [d], covariances [d, d].
 
-    In float64, through symmetric matrices: tr (cov1 cov2)^(1/2) = tr (S cov2 S)^(1/2) with S = cov1^(1/2).
+    In float64, and stable for singular covariances: with cov1 = A A^T and cov2 = B B^T the last trace is the
+    sum of the singular values of A^T B.
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (mu1, cov1, mu2, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape:
         raise Fault(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
-    values, vectors = torch.linalg.eigh(cov1)
-    s = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    root_trace = torch.linalg.eigvalsh(s @ cov2 @ s).clamp(min=0).sqrt().sum()
+    (a, u), (b, v) = torch.linalg.eigh(cov1), torch.linalg.eigh(cov2)
+    roots = u * a.clamp(min=0).sqrt(), v * b.clamp(min=0).sqrt()  # each times its transpose is a covariance
+    root_trace = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     return ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root_trace).item()
 
 def moments(batches):
@@ -1389,7 +1390,8 @@ def moments(batches):
         features = features.double()
         n, total, outer = n + len(features), total + features.sum(dim=0), outer + features.T @ features
     if n <= len(total):
-        raise Fault(f"a Frechet distance in {len(total)} features needs {len(total) + 1} images, not {n}")
+        needed = f"a Frechet distance in {len(total)} features needs at least {len(total) + 1} images"
+        raise Fault(f"{needed}, not {n}; use a larger --n")
     mu = total / n
     return mu, (outer - n * mu.outer(mu)) / (n - 1)
 

@@ -391,8 +391,33 @@ def test_frechet_distance():
     assert abs(sf.frechet_distance(*a, *a)) < 1e-9
     with pytest.raises(sf.Fault, match="statistics of 16 and of 3 features cannot be compared"):
         sf.frechet_distance(*a, a[0][:3], a[1][:3, :3])
-    with pytest.raises(sf.Fault, match="needs 17 images, not 16"):
+    with pytest.raises(sf.Fault, match="needs at least 17 images, not 16"):
         sf.moments([torch.randn(16, 16)])
+
+
+def test_frechet_distance_is_stable_where_covariances_are_singular():
+    """200 cases against the exact relation tr (A A^T B B^T)^(1/2) = sum of singular values of A^T B."""
+    random, worst = np.random.RandomState(0), 0.0
+    for _ in range(200):
+        d = random.randint(2, 65)
+        a, b = (random.randn(d, random.randint(1, 2 * d)) * 10 ** random.uniform(-3, 3) for _ in range(2))
+        a *= 10 ** random.uniform(-6, 0, (d, 1))  # features of very different size
+        b = a.copy() if random.rand() < 0.2 else b  # equal, so 0
+        mu1, mu2 = random.randn(2, d)
+        traces = (a**2).sum() + (b**2).sum()
+        expected = ((mu1 - mu2) ** 2).sum() + traces - 2 * np.linalg.svd(a.T @ b, compute_uv=False).sum()
+        got = sf.frechet_distance(mu1, a @ a.T, mu2, b @ b.T)
+        worst = max(worst, abs(got - expected) / (traces + ((mu1 - mu2) ** 2).sum()))
+    assert worst < 1e-8  # a covariance is precise to 1e-16, its root to 1e-8
+
+
+def test_moments_of_few_samples_far_from_zero():
+    x = 1e4 + np.random.RandomState(0).randn(40, 16)
+    mu, cov = sf.moments(torch.from_numpy(x).split(7))
+    np.testing.assert_allclose(mu, x.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.T), atol=1e-6)
+    with pytest.raises(sf.Fault, match=r"in 16 features needs at least 17 images, not 16; use a larger --n"):
+        sf.moments([torch.from_numpy(x[:16])])
 
 
 def test_frechet_distance_of_commuting_gaussians():
