@@ -20,6 +20,7 @@ Sections: 1 presets, 2 data, 3 network, 4 flow, 5 solvers, 6 teachers, 7 trainin
 import argparse
 import contextlib
 import copy
+import errno
 import importlib
 import io
 import itertools
@@ -27,26 +28,32 @@ import json
 import math
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import statistics
 import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes; torchrun sets it, and which of them this is
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 
 
 class Fault(Exception):
@@ -183,13 +190,34 @@ def load_images(preset, data_dir=None):
     """
     if preset.name == "digits":
         return load_digits(Path(data_dir or Path(__file__).parent) / "digits.npz")
-    path = Path(data_dir or f"data/{preset.name}").resolve()
+    path = Path(os.path.abspath(data_dir or f"data/{preset.name}"))
     return load_cifar10(path) if preset.name == "cifar10" else load_pictures(path, preset)
 
 def load_digits(path):
     """The embedded digits."""
-    with faults(path, "digits.npz", "take the one that comes with slimflow.py"), np.load(path) as file:
-        return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"].astype(np.int64))
+    with faults(path, "digits.npz", "take the one that comes with slimflow.py"):
+        images, labels = load_npz(path, "images", "labels")
+        known = images.dtype == np.uint8 and images.shape == (len(labels), 1, 8, 8)
+        if not (known and len(labels) and set(labels) <= set(range(10))):
+            raise ValueError("other arrays")
+        return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+def load_npz(path, *names):
+    """Arrays of an .npz file, each of at most 256 MiB, whatever the file makes of its few bytes."""
+    with np.load(path) as file:
+        if max(entry.file_size for entry in file.zip.infolist()) > 2**28:
+            raise ValueError("too large")
+        return [file[name] for name in names]
+
+def load_rows(path, row, label_dim, what, remedy):
+    """The rows of an .npy file, of this dtype and with classes y of label_dim, memory-mapped: [N]."""
+    with faults(path, what, remedy):
+        rows = np.load(path, mmap_mode="c")
+        if rows.dtype != row or rows.ndim != 1 or not len(rows):
+            raise ValueError("rows of another kind")
+        if label_dim and not set(np.unique(rows["y"])) <= set(range(label_dim)):
+            raise ValueError(f"classes outside of 0 to {label_dim - 1}")
+        return rows
 
 def import_optional(name):
     """Import torchvision, or a package that needs it, also where torchvision's build does not fit torch's."""
@@ -216,31 +244,39 @@ def load_cifar10(folder):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+ONE_LARGE = Lock()  # of the threads that decode, one at a time takes the memory of a large picture
+FORMATS = "PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM"  # others may start programs (EPS: Ghostscript)
 
 def load_pictures(path, preset):
     """Images of a folder or zip, decoded once into a file beside it and memory-mapped there."""
-    size, row = preset.shape[-1], np.dtype([("image", "u1", preset.shape), ("label", "i8")])
-    decoded = path.with_name(f"{path.name}.{size}x{size}{'.labels' if preset.label_dim else ''}.npy")
-    if not path.exists():
+    size, row = preset.shape[-1], np.dtype([("image", "u1", preset.shape), ("y", "i8")])
+    decoded = Path(f"{path}.{size}x{size}{'.labels' if preset.label_dim else ''}.npy")
+    if not path.exists() or path == path.parent:
         raise Fault(f"no images at {path}; --data-dir takes a folder of images or EDM's zip")
     if not decoded.exists() or decoded.stat().st_mtime < path.stat().st_mtime:
-        with faults(path, "zip of images with a class each", "mend it"):
+        what = f"folder or zip of images{' with a class each' if preset.label_dim else ''}"
+        with lock(Path(f"{decoded}.lock")), faults(path, what, "mend it, or name another --data-dir"):
             names, read = list_files(path)
             pictures = sorted(name for name in names if Path(name).suffix.lower() in PICTURES)
             labels = classify(pictures, names, read, preset.label_dim)
             write_npy(decoded, row, len(pictures), decode_all(pictures, labels, read, row))
-    with faults(decoded, "file of decoded images", "delete it"):
-        store = np.load(decoded, mmap_mode="c")
-        images, labels = torch.from_numpy(store["image"]), torch.from_numpy(store["label"])
+    store = load_rows(decoded, row, preset.label_dim, "file of decoded images", "delete it")
+    images, labels = torch.from_numpy(store["image"]), torch.from_numpy(store["y"])
     return images, labels if preset.label_dim else None
 
 def list_files(path):
     """The names of all files in a folder or zip, and a function from a name to the file's bytes."""
-    if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file())
-        return [file.relative_to(path).as_posix() for file in files], lambda name: (path / name).read_bytes()
-    archive = zipfile.ZipFile(path)
-    return archive.namelist(), archive.read
+    archive = None if path.is_dir() else zipfile.ZipFile(path)
+
+    def read(name):
+        size = archive.getinfo(name).file_size if archive else (path / name).stat().st_size
+        if size > 2**27:
+            raise ValueError("more than 128 MiB")
+        return archive.read(name) if archive else (path / name).read_bytes()
+
+    if archive:
+        return archive.namelist(), read
+    return [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()], read
 
 def classify(pictures, names, read, label_dim):
     """The class of each picture: from EDM's dataset.json, else the number of its subfolder; 0 if unneeded."""
@@ -249,7 +285,10 @@ def classify(pictures, names, read, label_dim):
     if not label_dim:
         return [0] * len(pictures)
     if "dataset.json" in names:
-        table = dict(json.loads(read("dataset.json"))["labels"])
+        text = read("dataset.json")
+        if len(text) > 2**16 + 300 * len(pictures):
+            raise ValueError("dataset.json is too large")
+        table = dict(json.loads(text)["labels"])
     else:
         folders = {folder: i for i, folder in enumerate(sorted({name.split("/")[0] for name in pictures}))}
         table = {name: folders[name.split("/")[0]] for name in pictures if "/" in name}
@@ -272,7 +311,7 @@ def decode_all(pictures, labels, read, row):
         for start in range(0, len(pictures), 512):
             some = slice(start, start + 512)
             rows = np.zeros(len(pictures[some]), row)
-            rows["image"], rows["label"] = list(pool.map(one, pictures[some])), labels[some]
+            rows["image"], rows["y"] = list(pool.map(one, pictures[some])), labels[some]
             yield rows
             report(start + len(rows), "")
 
@@ -280,7 +319,11 @@ def decode(file, size):
     """One picture as uint8 [3, size, size]: transparency over white, the centre square, box-filtered."""
     from PIL import Image  # here and below: imported where needed, for a quick start
 
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image, contextlib.ExitStack() as stack:
+        if math.prod(image.size) > 2**22:
+            stack.enter_context(ONE_LARGE)
+        if math.prod(image.size) > 2**25:
+            raise ValueError(f"{image.width}x{image.height} are more than 32 million pixels")
         side, left, top = min(image.size), *((n - min(image.size)) // 2 for n in image.size)
         if side < size:
             raise ValueError(f"{image.width}x{image.height} pixels, and {size}x{size} are needed")
@@ -299,8 +342,9 @@ def write_npy(path, row, n, chunks):
 
     def write(file):
         np.lib.format.write_array_header_1_0(file, header)
-        for chunk in chunks:
-            file.write(chunk.tobytes())
+        written = sum(file.write(chunk.tobytes()) for chunk in chunks)
+        if written != n * row.itemsize:
+            raise Fault(f"{path} would have {written // row.itemsize} rows in place of {n}; use --fresh")
 
     save_safely(path, write)
 
@@ -700,9 +744,10 @@ ONE_STEP = dict(solver="euler", steps=1)
 SOLVERS = {"euler": euler, "heun": heun, "adams": adams, "rk45": rk45}
 
 def sample(flow, noise, solver="rk45", y=None, **options):
-    """Run a solver ("edm": `edm_sample`) to its end: the images, and how many evaluations each took."""
-    if solver == "edm":
-        return edm_sample(flow, noise, y=y, **options)
+    """Run a solver ("edm": `edm_sample`) to its end: the images, and how many evaluations each took.
+
+    Raises Fault if they are not finite.
+    """
     nfe = 0
 
     def counted(x, t, y):
@@ -710,7 +755,12 @@ def sample(flow, noise, solver="rk45", y=None, **options):
         nfe += 1
         return flow(x, t, y)
 
-    [(_, x)] = deque(SOLVERS[solver](counted, noise, y=y, **options), maxlen=1)  # keeps the last state only
+    if solver == "edm":
+        x, nfe = edm_sample(flow, noise, y=y, **options)
+    else:
+        [(_, x)] = deque(SOLVERS[solver](counted, noise, y=y, **options), maxlen=1)  # keeps the last state
+    if not x.isfinite().all():
+        raise Fault(f"the images of {solver} are not finite; take another solver, or another network")
     return x, nfe
 
 
@@ -718,21 +768,37 @@ def sample(flow, noise, solver="rk45", y=None, **options):
 # 6. Teachers and checkpoints: files are read as plain tensors; nothing in them is ever executed
 
 def blueprint(config):
-    """A UNet whose weights have shapes, but take no memory and no time."""
+    """A UNet whose weights have shapes, but take no memory; ValueError if a file asks for absurd sizes."""
+    levels, width = config["channel_mult"], config["model_channels"]
+    sizes = [config["resolution"], width, *levels, 50 * config["num_blocks"]]
+    unit = 64 if config.get("kind") == "adm" else 4  # channels of a head, of a group
+    fits = width % unit == 0 and 0 < len(levels) < 10 and config["resolution"] % 2 ** (len(levels) - 1) == 0
+    if not fits or min(sizes) < 1 or max(sizes) > 1024 or config["channels"] not in (1, 3):
+        raise ValueError("its network is of unknown sizes")
+    if not 0 <= config.get("dropout", 0.0) < 1 or not math.isfinite(config.get("time_scale", 999.0)):
+        raise ValueError("its network has unknown settings")
     with torch.device("meta"):
         return UNet(**config)
 
 def build(config, device="cpu", weights=None):
     """A UNet, random or with these weights and frozen, in its fastest layout: channels last, unless tiny."""
-    net = UNet(**config) if weights is None else blueprint(config)
-    if weights is not None:
+    net = blueprint(config)
+    if weights is None:
+        net = UNet(**config)
+    else:
         net.load_state_dict(weights, assign=True)
         net.eval().requires_grad_(False)
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("its weights are not finite")
     layout = torch.channels_last if config["resolution"] > 8 else torch.contiguous_format
     return net.to(device, torch.float32, memory_format=layout)
 
+def out_of_memory(error):
+    """Whether an exception is Python's or torch's lack of memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
 @contextlib.contextmanager
-def faults(path, what, remedy="name another, or use --fresh"):
+def faults(path, what, remedy="name another, or delete it to start over"):
     """Turn whatever goes wrong while a file is read, where a damaged one can fail anywhere, into a Fault."""
     try:
         with warnings.catch_warnings():
@@ -743,22 +809,76 @@ def faults(path, what, remedy="name another, or use --fresh"):
     except (Fault, OSError):  # a folder, or no permission: the system's own words say it best
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()).split(". ")[0][:80]
         raise Fault(f"{path} is damaged or no {what} ({reason}); {remedy}") from error
 
-def load_checkpoint(path, entries=("step", "steps", "settings", "model", "ema", "optimizer"), mmap=False):
-    """The dict of tensors and numbers in a file of torch.save's, on the CPU; read when used, if mmap."""
-    with faults(path, "checkpoint"):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if not set(entries) <= set(state):
-            raise ValueError("entries are missing")
+PICKLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+
+def torch_load(file, *pickles):
+    """What torch.save wrote: tensors and numbers, on the CPU. `pickles` are the pickles in the file.
+
+    weights_only runs no code of the file's, but some functions that ask for memory; a tuple of the same tuple
+    twice, 60 deep, would as a key hash for ever; and strides of 0 make a small tensor look large.
+    """
+    for pickled in pickles:
+        tuples, name, reused = set(), "", 0
+        for operation, value, _ in pickletools.genops(pickled):
+            if "PUT" in operation.name:
+                tuples |= {value} if "TUPLE" in name else set()
+                continue  # a second PUT would name the same object
+            name = operation.name
+            reused += name == "DUP" or ("GET" in name and value in tuples)
+            if "GLOBAL" in name and not (value in PICKLED or re.fullmatch(r"torch \w+Storage", str(value))):
+                raise ValueError(f"{value} is not what checkpoints are made of")
+        if reused > 10:
+            raise ValueError("tuples in it are used too often")
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    for x in tree_leaves(loaded):
+        if isinstance(x, torch.Tensor) and x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError("a tensor is larger than its file")
+    return loaded
+
+CHECKPOINT = dict(step=int, steps=int, settings=dict, model=dict, ema=dict, optimizer=dict)
+CHECKPOINT |= dict(rows=torch.Tensor, recent=list)
+
+def load_checkpoint(path, entries=CHECKPOINT):
+    """The dict in a file of torch.save's, or, if it is damaged, in <name>.old, the one that was there before.
+
+    Its entries must be there and of these types, and the sums in the zip right, which torch does not check.
+    "file" is added, the one that was read.
+    """
+    try:
+        with faults(path, "checkpoint"), zipfile.ZipFile(path) as archive:
+            names, size = archive.namelist(), sum(entry.file_size for entry in archive.infolist())
+            if len({*names}) < len(names) or size > os.path.getsize(path) or archive.testzip():
+                raise ValueError("sizes or sums are wrong")
+            state = torch_load(path, *(archive.read(name) for name in names if name.endswith("data.pkl")))
+            if not all(isinstance(state.get(name), kind) for name, kind in entries.items()):
+                raise ValueError("entries are missing or of other types")
+            return state | dict(file=str(path))
+    except Fault as fault:
+        previous = Path(f"{path}.old")
+        if not previous.exists():
+            raise
+        state = load_checkpoint(previous, entries)
+        warn(f"{str(fault).rpartition('; ')[0]}; the one before it, {previous}, takes its place")
         return state
 
+@cache
+def warn(text):
+    """A line on stderr, once, of several processes by the first."""
+    if not RANK:
+        print(f"slimflow: warning: {text}", file=sys.stderr)
+
 def load_flow(path, device="cpu"):
-    """The averaged (EMA) network of a checkpoint of ours, frozen, in eval mode."""
-    state = load_checkpoint(path)
+    """The averaged (EMA) network of a checkpoint of ours, frozen, in eval mode; `stage` is what made it."""
+    state = load_checkpoint(path, dict(settings=dict, ema=dict))
     with faults(path, "checkpoint of this program"):
-        return build(state["settings"]["network"], device, state["ema"])
+        flow = build(state["settings"]["network"], device, state["ema"])
+        flow.stage = state["settings"].get("stage")
+        return flow
 
 class EDMTeacher(nn.Module):
     """EDM's denoiser D(x; sigma), a preconditioned UNet; called, it is the same model's flow v(x, t)."""
@@ -829,7 +949,12 @@ class InertUnpickler(pickle._Unpickler):  # in Python, since the one in C lets a
         self.stack[-n:] = [self.stack[-n:]]
 
     def find_class(self, module, name):
-        return type(name, (Record,), {})
+        return record_class(name)
+
+@cache
+def record_class(name):
+    """A kind of Record for each name."""
+    return type(name, (Record,), {})
 
 def attributes(record):
     """The state of a pickled module: EDM's own classes hand it to the function that rebuilds them."""
@@ -844,7 +969,8 @@ def read_tensor(record, shape):
     n = math.prod(shape)
     if tuple(size) != tuple(shape) or not 2 * n <= len(blob) <= 8 * n + 4096 or blob[:2] == b"PK":
         raise ValueError(f"a tensor is not of shape {tuple(shape)}")
-    storage = torch.load(io.BytesIO(blob), weights_only=True)
+    stream = io.BytesIO(blob)
+    storage = torch_load(io.BytesIO(blob), *[stream] * 5)  # five pickles in a row, then the numbers
     flat = torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
     return flat.as_strided(size, stride, offset).float()  # fails where the storage is too short
 
@@ -886,11 +1012,8 @@ def edm_config(name, given):
     config |= dict(resolution=given["img_resolution"], channels=given["in_channels"])
     config |= dict(label_dim=given.get("label_dim", 0), kind="adm" if name == "DhariwalUNet" else "ddpm++")
     other = [option for option, value in EDM_FIXED.items() if given.get(option, value) != value]
-    levels, width = config["channel_mult"], config["model_channels"]
-    sizes = [config["resolution"], config["channels"], width, *levels, 50 * config["num_blocks"], 1024]
-    even = config["resolution"] % 2 ** len(levels) == 0 and (config["kind"] == "ddpm++" or width % 64 == 0)
-    if other or min(sizes) < 1 or max(sizes) > 1024 or not 0 < len(levels) < 10 or not even:
-        raise ValueError(f"unknown {', '.join(other) or 'sizes'}")
+    if other:
+        raise ValueError(f"unknown {', '.join(other)}")
     return config | dict(time_scale=1.0)  # the network's time is ln(sigma) / 4
 
 def load_slimflow_official(path, device="cpu"):
@@ -899,7 +1022,7 @@ def load_slimflow_official(path, device="cpu"):
     Its tensors come in the order in which ours are applied. Only the attention differs: it has matrices
     [in, out] for q, k, v and the output, where ours has 1x1 convolutions, q, k, v interleaved by channel.
     """
-    state = load_checkpoint(path, ("model", "ema"))
+    state = load_checkpoint(path, dict(model=dict, ema=dict))
     with faults(path, "network of SlimFlow's authors", "name another file"):
         names = [name.split("all_modules.")[1] for name in state["model"] if "all_modules." in name]
         given = state["ema"]["shadow_params"]
@@ -917,7 +1040,9 @@ def load_slimflow_official(path, device="cpu"):
                 weights[name] = next(given)
         if list(given):
             raise ValueError("it has more tensors than the network")
-        return build(config, device, weights)
+        net = build(config, device, weights)
+        net.stage = "distill"  # what they published is distilled
+        return net
 
 def official_config(tensors):
     """Keyword arguments of `UNet`, read off the tensors; the images' size from where the attention stands."""
@@ -953,19 +1078,56 @@ def load_network(path, device="cpu"):
     """The network of any of the three kinds of files."""
     return LOADERS.get(Path(path).suffix, load_flow)(path, device)
 
-def save_safely(path, write):
-    """Write a file whole or not at all: write(file) to a temporary one, which then replaces the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+def save_safely(path, write, keep=False):
+    """Write a file whole or not at all: write(file) to a temporary one, which then replaces the old one.
+
+    `keep` leaves the old one as <name>.old. Raises Fault where the system refuses.
+    """
+    temporary, old = Path(f"{path}.tmp"), Path(f"{path}.old")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EEXIST, "it is a folder or a device")
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
+        if keep and path.exists():
+            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file system without links keeps the newest only
+                os.link(path, old)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = error.__context__ if type(error) is RuntimeError else error  # torch.save's own says nothing
+        if isinstance(reason, KeyboardInterrupt):
+            raise reason from None
+        if not isinstance(reason, OSError):
+            raise
+        remedy = "what was there is kept; make room, or choose another place"
+        raise Fault(f"cannot write {path}: {reason.strerror or reason}; {remedy}") from error
+
+@contextlib.contextmanager
+def lock(path):
+    """Hold this file until done, or until the process ends, however; Fault if another process holds it.
+
+    Of a torchrun the first process holds it for all. On Windows, which has no fcntl, nothing is held.
+    """
+    if RANK or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fault(f"another process holds {path}; wait until it ends, or use another --out") from None
+        except OSError:
+            warn(f"the file system of {path} has no locks; run one process at a time there")
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -983,22 +1145,23 @@ def barrier():
 def images_per_pass(batch, accumulate):
     """How many images of a batch one forward pass takes: processes, and passes in each, share it."""
     if batch % (WORLD * accumulate):
-        raise Fault(f"a batch of {batch} cannot be split over {WORLD} processes x --accumulate {accumulate}")
+        parts = f"{WORLD} x {accumulate} parts (processes x --accumulate)"
+        raise Fault(f"a batch of {batch} cannot be split into {parts}; choose numbers that divide it")
     return batch // (WORLD * accumulate)
 
 def progress(stage, total, unit, images=1, start=0):
     """A function (done, note): one live line with speed and time left; off a terminal, a line every 10 s."""
-    live, began, shown = sys.stdout.isatty(), time.time(), time.time()
+    live, began, shown = sys.stdout.isatty(), time.monotonic(), time.monotonic()
 
     def clock(seconds):
         return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
     def report(done, note):
         nonlocal shown
-        now, last = time.time(), done == total
+        now, last = time.monotonic(), done == total
         if not last and now - shown < (0.2 if live else 10):
             return
-        shown, pace = now, (now - began) / (done - start)  # seconds per unit
+        shown, pace = now, max(now - began, 1e-9) / (done - start)  # seconds per unit
         left = f"took {clock(now - began)}" if last else f"{clock((total - done) * pace)} left"
         line = f"{stage:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {left}"
         width, end = shutil.get_terminal_size().columns - 1, "\n" if last or not live else ""
@@ -1041,83 +1204,105 @@ def update(net, ema, optimizer, ema_rate):
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - ema_rate)
     return norm
 
-LOG_EVERY = 50  # steps between lines of log.csv
 SAVE_EVERY = 60.0  # seconds between checkpoints; longer if they take long to write
 
-def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, accumulate=1, **settings):
+def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, accumulate=1, log_every=50,
+        **settings):  # fmt: skip
     """Minimise loss_fn(net, step); return the averaged network, frozen, in eval mode.
 
-    With a folder, the run is kept there every SAVE_EVERY seconds: ckpt.pt, log.csv, loss.png and, from
-    picture(ema) -> images, samples.png. An interrupted run goes on from there, on a CPU bit for bit as if it
-    had never stopped; a run of other `settings` (any numbers that shape the loss) raises Fault, and so does a
-    loss or gradient that is not finite. Both leave the last checkpoint as it is.
+    With a folder, the run is kept there every SAVE_EVERY seconds: ckpt.pt (the one before it as ckpt.pt.old),
+    log.csv with a row every `log_every` steps, loss.png and, from picture(ema) -> images, samples.png. An
+    interrupted run goes on from there, on a CPU bit for bit as if it had never stopped. A run of other
+    `settings` (any numbers that shape the loss) raises Fault, and so does a loss, gradient or weight that is
+    not finite; both leave the last checkpoint as it is.
     """
     settings |= dict(stage=stage, seed=seed, batch=schedule.batch, network=getattr(net, "config", None))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr, fused=True)
-    start, rows = resume(folder, settings, net, ema, optimizer) if folder else (0, [])
+    start, rows, recent = resume(folder, settings, net, ema, optimizer) if folder else (0, [], [])
     if start:
         goes_on = "is complete, see" if start >= schedule.steps else "continues from"
         print(f"{stage:<10} {start:,}/{schedule.steps:,} steps  {goes_on} {folder}")
     model = nn.parallel.DistributedDataParallel(net.train()) if WORLD > 1 else net.train()
     report = progress(stage, schedule.steps, "steps", schedule.batch, start)
-    recent, due = [], time.time() + SAVE_EVERY
+    due = time.monotonic() + SAVE_EVERY
     for step in range(start, schedule.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(schedule, step)
         ema_rate = min(schedule.ema, (1 + step) / (10 + step))
         loss = backward(model, loss_fn, seed, stage, step, accumulate)
         recent.append(torch.stack([loss, update(net, ema, optimizer, ema_rate)]))
         done, last = step + 1, step + 1 == schedule.steps
-        save = folder and RANK == 0 and (last or time.time() >= due)
-        if save or last or done % LOG_EVERY == 0:
-            rows.append([done, *checked_means(recent, done, stage, folder)])  # waits for the device only here
-            report(done, f"loss {rows[-1][1]:.4f}")
+        log = last or done % log_every == 0
+        save = folder and RANK == 0 and (last or time.monotonic() >= due)
+        if log or save:
+            means = checked_means(recent, ema, done, stage, folder)  # waits for the device only here
+            report(done, f"loss {means[0]:.4f}")
+        if log:
+            rows.append([done, *means])
             recent = []
         if save:
-            began = time.time()
+            began = time.monotonic()
             state = dict(model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-            state |= dict(step=done, steps=schedule.steps, settings=settings, rows=rows)
-            save_safely(folder / "ckpt.pt", partial(torch.save, state))
+            state |= dict(step=done, steps=schedule.steps, settings=settings)
+            state |= dict(rows=torch.tensor(rows, dtype=torch.float64))
+            state |= dict(recent=torch.stack(recent).tolist() if recent else [])
+            keep = partial(save_safely, folder / "ckpt.pt", partial(torch.save, state), keep=True)
+            if not last:
+                keep()
             draw_loss(folder, rows)
             if picture:
                 save_grid(folder / "samples.png", picture(ema))
-            due = time.time() + SAVE_EVERY * max(1, (time.time() - began) / 3)  # at most a 20th of the time
+            if last:  # a finished stage is not run again, so its pictures come first
+                keep()
+            due = time.monotonic() + SAVE_EVERY * max(1, (time.monotonic() - began) / 3)  # at most 5 % of it
     return ema
 
 def resume(folder, settings, net, ema, optimizer):
-    """Load the folder's checkpoint, if there is one; return the steps done and the rows of its log."""
-    path = folder / "ckpt.pt"
+    """Load the folder's checkpoint, if any: steps done, rows of the log, losses and norms since the last."""
+    path, device = folder / "ckpt.pt", next(net.parameters()).device
     if not path.exists():
-        return 0, []
+        return 0, [], []
     state = load_checkpoint(path)
-    other = [name for name, value in settings.items() if state["settings"].get(name) != value]
-    if other:
-        raise Fault(f"{path} was made with another {', '.join(other)}; use --fresh or another --out")
-    net.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["rows"]
+    barrier()  # all have read it
+    if state["file"] != str(path) and not RANK:
+        os.replace(state["file"], path)  # else the next save would keep the damaged one as the one before it
+    with faults(path, "checkpoint of this stage"):
+        other = [name for name, value in settings.items() if state["settings"].get(name) != value]
+        if other:
+            raise Fault(f"{path} was made with another {', '.join(other)}; use --fresh or another --out")
+        net.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
+        for p in net.parameters():
+            shapes = [optimizer.state[p][name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
+            if shapes != [(), p.shape, p.shape]:
+                raise ValueError("the optimizer's state is another network's")
+        recent = [torch.tensor(x, dtype=torch.float32, device=device).reshape(2) for x in state["recent"]]
+        return state["step"], state["rows"].double().reshape(-1, 3).tolist(), recent
 
-def checked_means(recent, done, stage, folder):
-    """Check the last steps' (loss, gradient norm), a list of tensors [2], and return their means."""
+def checked_means(recent, ema, done, stage, folder):
+    """Means of the last (loss, gradient norm), tensors [2]; Fault if one, or a weight, is not finite."""
     recent = torch.stack(recent).cpu()
-    bad = (~recent.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        first = done - len(recent) + int(bad[0]) + 1
+    finite = [*recent.isfinite().all(dim=1).tolist(), all(p.isfinite().all() for p in ema.parameters())]
+    if not all(finite):
+        first = min(done - len(recent) + finite.index(False) + 1, done)
         saved = folder and (folder / "ckpt.pt").exists()
         good = f"{folder}/ckpt.pt is good" if saved else "nothing was saved"
-        raise Fault(f"{stage}: loss or gradient is not finite at step {first:,}; {good}; try a lower --lr")
+        bad = f"loss, gradient or weights are not finite at step {first:,}"
+        raise Fault(f"{stage}: {bad}; {good}; try a lower --lr")
     return recent.mean(dim=0).tolist()
 
 def draw_loss(folder, rows):
-    """log.csv and loss.png from rows of (step, loss, gradient norm)."""
+    """log.csv and, of at most 2,000 of them, loss.png from rows of (step, loss, gradient norm)."""
     from matplotlib.figure import Figure
 
-    lines = ["step,loss,grad_norm", *(f"{step},{loss:.6g},{norm:.6g}" for step, loss, norm in rows)]
+    lines = ["step,loss,grad_norm", *(f"{step:.0f},{loss:.6g},{norm:.6g}" for step, loss, norm in rows)]
     save_safely(folder / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    some = rows[:: len(rows) // 2_000 + 1]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row[0] for row in rows], [row[1] for row in rows])
+    axes.plot([row[0] for row in some], [row[1] for row in some])
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"{folder.parent.name}: {folder.name}")
     save_safely(folder / "loss.png", lambda file: figure.savefig(file, dpi=120, format="png"))
 
@@ -1150,6 +1335,7 @@ class Run:
     data_dir: str | None = None
     teacher: str | None = None  # file of a network that writes the pairs, instead of stage 1's
     accumulate: int = 1  # forward passes that a process splits its share of a batch into
+    log_every: int = 50  # steps between lines of log.csv
     compile: bool = False  # networks by torch.compile
 
 def result(run, stage):
@@ -1184,7 +1370,8 @@ def fit_stage(run, stage, config, loss_fn, solver, start=None, **settings):
 
     schedule, folder = getattr(run.preset, stage), run.folder / stage
     net = compiled(net, run)
-    fit(net, loss_fn, schedule, run.seed, stage, folder, picture, run.accumulate, **settings)
+    how = dict(seed=run.seed, accumulate=run.accumulate, log_every=run.log_every)
+    fit(net, loss_fn, schedule, stage=stage, folder=folder, picture=picture, **how, **settings)
 
 def fixed_noise(run, n=64, seed=1234):
     """The same noise every time, and classes for it (or None)."""
@@ -1204,7 +1391,7 @@ def train(run):
             (data,) = flip_together(data)
         return rectified_flow_loss(flow, torch.randn_like(data), data, y)
 
-    fit_stage(run, "train", preset.teacher, loss, dict(solver="heun", steps=8))
+    fit_stage(run, "train", preset.teacher, loss, dict(solver="heun", steps=8), images=len(images))
 
 def pairs(run):
     """Stage 2: the teacher's ODE from each z to its x, kept in pairs.npy as float16.
@@ -1215,8 +1402,9 @@ def pairs(run):
     preset, folder = run.preset, run.folder / "pairs"
     teacher = load_teacher(run)
     settings = dict(pairs=preset.pairs, solver=preset.solver, seed=run.seed, teacher=run.teacher)
+    settings |= dict(weights=checksum(teacher))
     note, parts = folder / "settings.json", folder / "parts"
-    if note.exists() and json.loads(note.read_text()) != settings:
+    if note.exists() and pair_settings(run) != settings:
         raise Fault(f"{folder} was begun with other settings, see {note}; use --fresh or another --out")
     if result(run, "pairs").exists():
         print(f"pairs      {preset.pairs:,} pairs are complete, see {folder}")
@@ -1232,8 +1420,6 @@ def pairs(run):
         noise = torch.randn(n, *preset.shape).half().float()  # as it is stored
         y = torch.randint(preset.label_dim, (n,)).to(run.device) if preset.label_dim else None
         data, nfe = sample(teacher, noise.to(run.device), y=y, **preset.solver)
-        if not data.isfinite().all():
-            raise Fault("pairs: the teacher's images are not finite; try another --teacher or --solver rk45")
         batch = np.zeros(n, pair_dtype(preset))
         batch["noise"], batch["data"] = noise, data.cpu()
         batch["y"], batch["nfe"] = -1 if y is None else y.cpu(), nfe
@@ -1241,10 +1427,23 @@ def pairs(run):
         report(done + 1, f"{nfe} evaluations each")
     barrier()
     if RANK == 0:
-        chunks = (np.load(parts / f"{start}.npy") for start in starts)
-        write_npy(result(run, "pairs"), pair_dtype(preset), preset.pairs, chunks)
+        made = (load_pair_rows(run, parts / f"{start}.npy", "delete it") for start in starts)
+        save_grid(folder / "samples.png", torch.from_numpy(load_pair_rows(run, parts / "0.npy")["data"][:64]))
+        write_npy(result(run, "pairs"), pair_dtype(preset), preset.pairs, made)
         shutil.rmtree(parts)
-        save_grid(folder / "samples.png", load_pairs(run)[1][:64])
+
+def pair_settings(run):
+    """What `pairs` noted before it began: the solver, the teacher's file (or None), the seed, how many."""
+    path = run.folder / "pairs" / "settings.json"
+    with faults(path, "note of how the pairs were made", "use pairs --fresh"):
+        made = json.loads(path.read_text())
+        numbers = dict(made["solver"])
+        solver = numbers.pop("solver")
+        known = solver in (*SOLVERS, "edm") and isinstance(made["teacher"], (str, type(None)))
+        known = known and set(numbers) == ({"rtol", "atol"} if solver == "rk45" else {"steps"})
+        if not known or min(numbers.values()) <= 0 or numbers.get("steps", 1) not in range(1, 10_000):
+            raise ValueError("entries are missing or unknown")
+        return made
 
 def load_teacher(run):
     """The network that writes the pairs: --teacher's, or that of stage 1."""
@@ -1256,23 +1455,31 @@ def load_teacher(run):
         raise Fault(f"{path} makes images of (C, H, W, classes) {made}; {preset.name} has {needed}")
     return compiled(teacher, run)
 
+def checksum(net):
+    """A number that tells the weights of one network from another's."""
+    total = 0
+    for p in net.parameters():
+        total = zlib.crc32(p.detach().cpu().contiguous().numpy(), total)
+    return total
+
 def pair_dtype(preset):
     """One row of pairs.npy: noise and data [C, H, W], class (or -1), evaluations that the data took."""
     return np.dtype([("noise", "f2", preset.shape), ("data", "f2", preset.shape), ("y", "i8"), ("nfe", "i8")])
 
+def load_pair_rows(run, path, remedy="use pairs --fresh"):
+    """The rows of pairs.npy, or of one of its parts."""
+    return load_rows(path, pair_dtype(run.preset), run.preset.label_dim, "file of pairs", remedy)
+
 def load_pairs(run):
     """Noise and data, float16 [N, C, H, W], and classes, int64 [N] or None: on the GPU if they fit there."""
     path = result(run, "pairs")
-    if run.teacher and json.loads(path.with_name("settings.json").read_text())["teacher"] != run.teacher:
+    if run.teacher and pair_settings(run)["teacher"] != run.teacher:
         raise Fault(f"another teacher wrote {path}; use pairs --fresh or another --out")
-    with faults(path, "file of pairs"):
-        store = np.load(path, mmap_mode="c")
-        if store.dtype != pair_dtype(run.preset):
-            raise ValueError("images of another size")
-        noise, data, y = (torch.from_numpy(store[name]) for name in ("noise", "data", "y"))
+    store = load_pair_rows(run, path)
+    noise, data, y = (torch.from_numpy(store[name]) for name in ("noise", "data", "y"))
     some = noise[:10_000].float()
     slack = 6 / math.sqrt(some.numel())  # six standard errors of the mean
-    if abs(some.mean()) > slack or abs(some.std() - 1) > slack:
+    if not (abs(some.mean()) <= slack and abs(some.std() - 1) <= slack):  # so that NaN is refused
         raise Fault(f"the noise in {path} is not N(0, 1); `pairs --fresh` makes the pairs anew")
     return resident([noise, data, y if run.preset.label_dim else None], run.device)
 
@@ -1327,7 +1534,7 @@ def finished(run, stage):
     path = result(run, stage)
     if stage == "pairs" or not path.exists():
         return path.exists()
-    state = load_checkpoint(path, mmap=True)
+    state = load_checkpoint(path)
     return state["step"] >= state["steps"]
 
 def unfinished(run, stage):
@@ -1344,9 +1551,14 @@ def run_stages(run, last, asked=False):
         print(f"plan: {' -> '.join(todo)}, into {run.folder}, on {WORLD} x {run.device}")
     else:
         print(f"{last} is finished, see {run.folder / last}; --fresh starts it over")
-    run.folder.mkdir(parents=True, exist_ok=True)  # if this fails, it should before the first step
+    for name in todo:  # what can fail should, before days of work
+        if name != "pairs":
+            images_per_pass(getattr(run.preset, name).batch, run.accumulate)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if finished(run, "pairs") and not RANK:
+        shutil.rmtree(run.folder / "pairs" / "parts", ignore_errors=True)  # of a run killed just then
     if "distill" in todo and run.preset.distance == "lpips":
-        lpips_network(run.device)  # better to miss it now than after days
+        lpips_network(run.device)
     for name in todo:
         STAGES[name](run)
         barrier()
@@ -1356,14 +1568,27 @@ def run_stages(run, last, asked=False):
     if older:
         print(f"note: {', '.join(older)} in {run.folder} were made before this; --fresh makes them anew")
 
+@contextlib.contextmanager
 def set_aside(run, first):
-    """Rename the folders of a stage and of those made from it to the next free <stage>.old1, .old2, ..."""
-    for name in list(STAGES)[list(STAGES).index(first) :]:
+    """Rename the folders of a stage and of those made from it to the next free <stage>.old1, .old2, ...
+
+    Where what follows fails before the stage has written anything, they get their names back.
+    """
+    moved = {}
+    for name in reversed(list(STAGES)[list(STAGES).index(first) :]):  # so that none outlives what it is from
         if (run.folder / name).exists():
             names = (run.folder / f"{name}.old{number}" for number in itertools.count(1))
-            old = next(path for path in names if not path.exists())
+            moved[run.folder / name] = old = next(path for path in names if not path.exists())
             os.replace(run.folder / name, old)
             print(f"{run.folder / name} is now {old}")
+    try:
+        yield
+    except BaseException:
+        if not (run.folder / first).exists():
+            for folder, old in moved.items():
+                os.replace(old, folder)
+                print(f"{old} is {folder} again")
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1443,13 +1668,13 @@ def inception_features(device):
         raise Fault(f"cannot download Inception; put {package.URL_INCEPTION_V3} into {folder}") from None
     return torch.no_grad()(lambda pictures: net(pictures)[0])
 
-def reference(path, given, features_of, images):
-    """Moments of the real images' features: of the npz that is given, else computed once, kept at `path`."""
-    if not given and not path.exists():
-        mu, sigma = moments(map(features_of, images.split(SAMPLE_BATCH)))
-        save_safely(path, lambda file: np.savez(file, mu=mu.cpu(), sigma=sigma.cpu()))
-    with faults(given or path, "npz with mu and sigma"), np.load(given or path) as file:
-        return file["mu"], file["sigma"]
+def load_moments(path):
+    """Mean [d] and covariance [d, d] of an npz of EDM's or another's."""
+    with faults(path, "npz with mu and sigma", "name another"):
+        mu, sigma = (array.astype(np.float64) for array in load_npz(path, "mu", "sigma"))
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not math.isfinite(mu.sum() + sigma.sum()):
+            raise ValueError("shapes or values are wrong")
+        return mu, sigma
 
 def generate(flow, noise, y, solver):
     """Images for any number of noises [N, C, H, W], SAMPLE_BATCH at a time: yields them as uint8."""
@@ -1466,8 +1691,8 @@ ROWS = (  # of the table and of summary.png: name, stage whose network it is, so
 
 def evaluate(run, given=None):
     """Print the table of the finished stages, and draw summary.png: the same noise through each of them."""
-    preset, note = run.preset, run.folder / "pairs" / "settings.json"
-    made = json.loads(note.read_text()) if note.exists() else dict(teacher=None, solver=preset.solver)
+    preset, begun = run.preset, (run.folder / "pairs" / "settings.json").exists()
+    made = pair_settings(run) if begun else dict(teacher=None, solver=preset.solver)
     run = replace(run, teacher=made["teacher"], compile=False)  # many sizes of batches, each used once
     rows = [row for row in ROWS if finished(run, row[1]) or (run.teacher and row[1] == "train")]
     if not rows:
@@ -1476,7 +1701,8 @@ def evaluate(run, given=None):
     builtin = preset.name == "digits"  # judged by a classifier of digits instead of Inception
     images, labels = read_images(run) if builtin or not given else (None, None)
     features = digit_features(run, images, labels) if builtin else inception_features(run.device)
-    real = reference(run.folder / "reference.npz", given, lambda x: features(x.to(run.device)), images)
+    batches = () if given else images.split(SAMPLE_BATCH)
+    real = load_moments(given) if given else moments(features(x.to(run.device)) for x in batches)
     noise, y = fixed_noise(run, preset.samples, seed=4321)  # noise that no stage was trained on
     distance = "Frechet" if builtin else "FID"
     table = [("stage", "parameters", "MACs", "NFE", distance, "images", "straightness", "ms/image")]
@@ -1484,8 +1710,8 @@ def evaluate(run, given=None):
     for name, stage, solver in rows:
         flow = load_teacher(run) if stage == "train" else load_flow(result(run, stage), run.device)
         strip, nfe = sample(flow, noise[:12], y=y if y is None else y[:12], **(solver or made["solver"]))
-        if solver is None and finished(run, "pairs"):  # what is stored need not be sampled again
-            stored = load_pairs(run)[1][: preset.samples]
+        stored = load_pairs(run)[1][: preset.samples] if not solver and finished(run, "pairs") else ()
+        if len(stored) > len(real[0]):  # what is stored need not be sampled again
             nfe = round(np.load(result(run, "pairs"), mmap_mode="r")["nfe"].mean())
             parts, count = stored.split(SAMPLE_BATCH), len(stored)
             pictures = (to_uint8(x.to(run.device).float()) for x in parts)
@@ -1644,79 +1870,99 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message):
-        raise Fault(f"{message}; see `slimflow.py COMMAND --help`")
+        raise Fault(f"{message}; see `{self.prog} --help`")
 
-def number(kind, least):
-    """An argparse type: a finite int or float of at least `least`."""
+def number(kind, least, most=10**9):
+    """An argparse type: an int or float in this range."""
     name = "a whole number" if kind is int else "a number"
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} of at least {least}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least} to {most:,}")
 
     return parse
 
-COMMANDS = {
-    "all": "every stage, then (but under torchrun) `eval`; what runs if no command is given",
-    "train": "stage 1: the teacher, a 1-rectified flow",
-    "pairs": "stage 2: pairs (noise, data) by the teacher's ODE",
-    "reflow": "stage 3: annealing reflow of a small student",
-    "distill": "stage 4: flow-guided distillation into one step",
-    "sample": "images from a checkpoint",
-    "eval": "table and summary.png of the finished stages",
-    "solvers": "a checkpoint's ODE by each solver of Section 5: error against evaluations",
-    "bench": "speed of each stage on random images, and the hours that its schedule takes",
+COMMANDS = {  # name: what it does, an example
+    "all": ("every stage, then `eval` (not under torchrun); the default", "--seed 1 --out seed1"),
+    "train": ("stage 1: the teacher, a 1-rectified flow", "--dataset cifar10 --data-dir data/cifar10"),
+    "pairs": ("stage 2: pairs (noise, data) by the teacher's ODE", "--solver heun --steps 18 --out heun"),
+    "reflow": ("stage 3: annealing reflow of a small student", "--dataset cifar10 --student 15.7M"),
+    "distill": ("stage 4: flow-guided distillation into one step", "--guidance 0 --fresh"),
+    "sample": ("images from a checkpoint", "--ckpt runs/digits/distill/ckpt.pt --n 1000 --npz samples.npz"),
+    "eval": ("table and summary.png of the finished stages", "--dataset cifar10 --ref cifar10-32x32.npz"),
+    "solvers": ("error of each solver against its evaluations", "--ckpt runs/digits/train/ckpt.pt"),
+    "bench": ("speed of each stage, and the hours it takes", "--dataset cifar10 --batch 16 --profile"),
 }
-RUNS = "all train pairs reflow distill"
-COUNT, WHOLE, REAL = number(int, 1), number(int, 0), number(float, 0)
-FLAGS = (  # flag, commands that take it, arguments of add_argument; those without a default change the preset
+RUNS, TRAINING = "all train pairs reflow distill", "train reflow distill"
+COUNT, WHOLE, REAL, LOG = number(int, 1), number(int, 0), number(float, 0), number(int, 1, 1000)
+FLAGS = (  # flag, commands that take it, arguments of add_argument; {} is the presets' default
     ("--dataset", RUNS + " eval bench", dict(choices=PRESETS, default="digits", help="default: digits")),
     ("--out", RUNS + " eval", dict(default="runs", help="folder for <dataset>/<stage>/; default: runs")),
-    ("--data-dir", RUNS + " eval", dict(help="images: CIFAR-10's folder, or a folder or zip of pictures")),
-    ("--device", " ".join(COMMANDS), dict(choices=("cpu", "cuda"), help="default: cuda if there")),
-    ("--seed", RUNS + " sample solvers", dict(type=WHOLE, help="default: 0")),
+    ("--data-dir", RUNS + " eval", dict(help="folder or zip of the images; default: data/<dataset>")),
+    ("--device", " ".join(COMMANDS), dict(choices=("cpu", "cuda"), help="default: cuda if there is one")),
+    ("--seed", RUNS + " sample solvers", dict(type=WHOLE, help="of all random numbers; default: 0")),
     ("--fresh", RUNS, dict(action="store_true", help="start over; the old folder becomes <stage>.old1")),
-    ("--teacher", "all pairs reflow distill", dict(help="a .pkl of EDM, or a ckpt.pt, to write the pairs")),
-    ("--student", "all reflow distill bench", dict(help=f"sizes: {', '.join(SIZES)}")),
-    ("--steps", "train reflow distill", dict(type=COUNT, help="optimizer steps")),
-    ("--lr", "train reflow distill", dict(type=REAL, help="Adam's learning rate")),
-    ("--batch", "train reflow distill bench", dict(type=COUNT, help="images per step")),
-    ("--accumulate", "all train reflow distill", dict(type=COUNT, default=1, help="passes per batch")),
+    ("--teacher", "all pairs reflow distill", dict(help="EDM's .pkl, or a ckpt.pt; default: stage 1's")),
+    ("--student", "all reflow distill bench", dict(help=f"of {', '.join(SIZES)}; default: {{}}")),
+    ("--steps", TRAINING, dict(type=COUNT, help="optimizer steps; default: {}")),
+    ("--lr", TRAINING, dict(type=REAL, help="Adam's learning rate; default: {}")),
+    ("--batch", TRAINING, dict(type=COUNT, help="images per step; default: {}")),
+    ("--batch", "bench", dict(type=COUNT, help="images per step; default: 4, on a GPU the preset's")),
+    ("--accumulate", f"all {TRAINING}", dict(type=COUNT, default=1, help="passes per batch; default: 1")),
+    ("--log-every", f"all {TRAINING}", dict(type=LOG, default=50, help="steps per log row; default: 50")),
     ("--profile", "bench", dict(action="store_true", help="also the ten costliest operations of reflow")),
     ("--no-compile", RUNS + " bench", dict(action="store_true", help="do not use torch.compile on CUDA")),
-    ("--anneal", "reflow", dict(type=WHOLE, help="steps until b = 0; 0: plain reflow")),
-    ("--anneal-schedule", "reflow", dict(choices=("linear", "cosine", "exponential"), help="how fast")),
-    ("--guidance", "distill", dict(type=REAL, help="weight of the guidance; 0 is naive distillation")),
-    ("--distance", "distill bench", dict(choices=DISTANCES, help="D of the losses; bench: l2")),
+    ("--anneal", "reflow", dict(type=WHOLE, help="steps until b = 0, 0 for plain reflow; default: {}")),
+    ("--anneal-schedule", "reflow", dict(choices=("linear", "cosine", "exponential"), help="default: {}")),
+    ("--guidance", "distill", dict(type=REAL, help="its weight, 0 for naive distillation; default: {}")),
+    ("--distance", "distill", dict(choices=DISTANCES, help="D of the losses; default: {}")),
+    ("--distance", "bench", dict(choices=DISTANCES, default="l2", help="D of the losses; default: l2")),
     ("--ckpt", "sample solvers", dict(required=True, help="a ckpt.pt, the authors' .pth or EDM's .pkl")),
-    ("--n", "pairs sample solvers eval", dict(type=COUNT, help="how many; sample, solvers: 64")),
-    ("--ref", "eval", dict(help="npz with mu and sigma; default: those of the training images, kept")),
-    ("--solver", "pairs sample", dict(choices=SOLVERS, help="sample: 1 step if distilled, else rk45")),
-    ("--steps", "pairs sample", dict(type=COUNT, help="steps of euler, heun and adams")),
+    ("--n", "pairs eval", dict(type=COUNT, help="how many images; default: {}")),
+    ("--n", "sample solvers", dict(type=COUNT, default=64, help="how many images; default: 64")),
+    ("--ref", "eval", dict(help="npz with mu and sigma; default: those of the training images")),
+    ("--solver", "pairs", dict(choices=SOLVERS, help="default: {}; of a .pkl EDM's own")),
+    ("--solver", "sample", dict(choices=SOLVERS, help="default: rk45; 1 step if distilled; of a .pkl EDM's")),
+    ("--steps", "pairs sample", dict(type=COUNT, help="of euler, heun and adams, which need it")),
     ("--png", "sample", dict(default="samples.png", help="picture to write; default: samples.png")),
     ("--png", "solvers", dict(default="solvers.png", help="picture to write; default: solvers.png")),
-    ("--npz", "sample", dict(help="also write the images, as arr_0: uint8 [N, H, W, C]")),
+    ("--npz", "sample", dict(help="file for the images as arr_0, uint8 [N, H, W, C]; default: none")),
 )
+
+def preset_default(command, flag):
+    """What a flag is if not given, in words: the value in each preset."""
+    name = flag[2:].replace("-", "_")
+    name = name if name != "n" else "pairs" if command == "pairs" else "samples"
+    values = defaultdict(list)
+    for preset in PRESETS.values():
+        value = getattr(getattr(preset, command) if name in ("steps", "lr", "batch") else preset, name)
+        value = " ".join(map(str, value.values())) if name == "solver" else value
+        values[f"{value:,}" if isinstance(value, int) else value].append(preset.name)
+    return ", ".join(f"{value} ({' '.join(names)})" for value, names in values.items())
 
 def parse(argv):
     """The command line as a namespace; without a command it is `all`."""
     epilog = "`slimflow.py COMMAND --help` lists the flags of a command."
     parser = Parser(prog="slimflow.py", description=__doc__.split("\n")[0], epilog=epilog)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, text in COMMANDS.items():
-        rest = "Flags without a default change the data set's preset, PRESETS in slimflow.py."
-        sub = commands.add_parser(name, help=text, description=text, epilog=rest)
+    for name, (text, example) in COMMANDS.items():
+        epilog = f"example: python slimflow.py {name} {example}"
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         for flag, takers, options in FLAGS:
             if name in takers.split():
-                sub.add_argument(flag, **options)
+                words = options["help"]
+                if "{}" in words:
+                    words = words.format(preset_default(name, flag))
+                sub.add_argument(flag, **options | dict(help=words))
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["all", *argv]
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        takers = " ".join(takers for flag, takers, _ in FLAGS if flag == unknown[0].split("=")[0]).split()
+        remedy = f"it is for {', '.join(takers)}" if takers else f"see `slimflow.py {args.command} --help`"
+        raise Fault(f"{args.command} does not take {' '.join(unknown)}; {remedy}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Fault("--device cuda: torch sees no GPU; use --device cpu, or install torch's CUDA build")
@@ -1750,17 +1996,15 @@ def solver_options(args):
         return RK45
     raise Fault("--steps is for --solver euler, heun and adams, which need it; rk45 takes none")
 
-def default_solver(path, flow):
+def default_solver(flow):
     """One step for what was distilled, EDM's own sampler for its networks, else the authors' RK45."""
     if isinstance(flow, EDMTeacher):
         return dict(solver="edm", steps=18)
-    if Path(path).suffix == ".pth":
-        return ONE_STEP
-    return ONE_STEP if load_checkpoint(path, mmap=True)["settings"]["stage"] == "distill" else RK45
+    return ONE_STEP if flow.stage == "distill" else RK45
 
-def start(args):
+def flow_and_noise(args):
     """The network of --ckpt, and --n noises (of --seed) and classes (or None) for it."""
-    flow, n = load_network(args.ckpt, args.device), args.n or 64
+    flow, n = load_network(args.ckpt, args.device), args.n
     seed_all(args.seed or 0, "sample", 0)
     size, classes = flow.config["resolution"], flow.label_dim
     noise = torch.randn(n, flow.config["channels"], size, size).to(args.device)
@@ -1768,8 +2012,8 @@ def start(args):
 
 def sample_command(args):
     """Images from a checkpoint, as a picture of up to 64 and, with --npz, as an array of all."""
-    flow, noise, y = start(args)
-    solver = solver_options(args) if args.solver or args.steps else default_solver(args.ckpt, flow)
+    flow, noise, y = flow_and_noise(args)
+    solver = solver_options(args) if args.solver or args.steps else default_solver(flow)
     images = torch.cat([x.cpu() for x in generate(flow, noise, y, solver)])
     save_grid(Path(args.png), to_float(images[:64]))
     how = ", ".join(f"{name} {value}" for name, value in solver.items())
@@ -1782,7 +2026,7 @@ def solvers_command(args):
     """Error of each solver, the root mean square over all pixels, against its evaluations."""
     from matplotlib.figure import Figure
 
-    flow, noise, y = start(args)
+    flow, noise, y = flow_and_noise(args)
     exact, _ = sample(flow, noise, y=y, rtol=1e-7, atol=1e-7)
     settings = [dict(solver=name, steps=n) for name in ("euler", "heun", "adams") for n in (4, 8, 16, 32, 64)]
     settings += [dict(solver="rk45", rtol=10**-n, atol=10**-n) for n in (2, 3, 4, 5)]
@@ -1803,30 +2047,43 @@ def solvers_command(args):
     save_safely(Path(args.png), lambda file: figure.savefig(file, dpi=120, format="png"))
     print(f"{args.png}: {len(noise)} images, against rk45 at tolerance 1e-7; images lie in [-1, 1]")
 
+def refuse_contradictions(args):
+    """Refuse flags of which one makes another useless."""
+    given = {name for name, value in vars(args).items() if value is not None}
+    if {"anneal", "anneal_schedule"} <= given and not args.anneal:
+        raise Fault("--anneal 0 has no schedule; leave out --anneal-schedule")
+    if {"ref", "data_dir"} <= given and args.dataset != "digits":
+        raise Fault("--ref stands for the images; leave out --data-dir")
+    files = [Path(getattr(args, name)).resolve() for name in ("ckpt", "png", "npz") if name in given]
+    if len({*files}) < len(files):
+        raise Fault("--ckpt, --png and --npz are the same file; name another")
+
 def command(args):
     """Run one command."""
     if WORLD > 1 and args.command not in RUNS.split():
         raise Fault(f"{args.command} is for one process; run it without torchrun")
+    refuse_contradictions(args)
     if args.command == "sample":
         return sample_command(args)
     if args.command == "solvers":
         return solvers_command(args)
     preset, asked = changed(PRESETS[args.dataset], args)
     compile = args.device == "cuda" and preset.name != "digits" and not getattr(args, "no_compile", True)
-    own = "device", "seed", "data_dir", "teacher", "accumulate"
+    own = "device", "seed", "data_dir", "teacher", "accumulate", "log_every"
     given = {name: value for name, value in vars(args).items() if name in own and value is not None}
     run = Run(preset, Path(getattr(args, "out", "")) / preset.name, compile=compile, **given)
     if args.command == "bench":
-        run = replace(run, preset=replace(preset, distance=args.distance or "l2"))  # needs no weights
         batch = args.batch or (preset.train.batch if args.device == "cuda" else 4)
         return bench(run, batch, args.profile)
     if args.command == "eval":
         return evaluate(run, args.ref)
     last = "distill" if args.command == "all" else args.command
-    if args.fresh and RANK == 0:
-        set_aside(run, "train" if args.command == "all" else last)
-    barrier()
-    run_stages(run, last, asked or args.seed is not None or run.teacher is not None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(run.folder / "lock"))
+        if args.fresh and RANK == 0:
+            stack.enter_context(set_aside(run, "train" if args.command == "all" else last))
+        barrier()
+        run_stages(run, last, asked or args.seed is not None or run.teacher is not None)
     if args.command == "all" and WORLD == 1:
         evaluate(run)
     elif args.command == "all":
@@ -1849,6 +2106,8 @@ def join():
 def main(argv=None):
     """Run the command line and return the exit status: a Fault is one line on stderr and status 2."""
     torch.backends.cudnn.allow_tf32 = False  # its rounding would look like error to RK45 at 1e-5
+    os.environ["MPLBACKEND"] = "agg"  # files are drawn, not windows
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, where a service has none
     store = join() if WORLD > 1 else None
     try:
         command(parse(sys.argv[1:] if argv is None else argv))
@@ -1858,15 +2117,21 @@ def main(argv=None):
     except Fault as fault:
         message, status = str(fault), 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message, status = f"{where}{error.strerror or error}", 2
-    except (torch.OutOfMemoryError, MemoryError):
+        message, status = error.strerror or str(error), 2
+        if error.filename:
+            message = f"{error.filename}: {message}; take another path, or change this one"
+    except (MemoryError, RuntimeError) as error:
+        if store and store.add("failed", 0):  # the connection to a process that has said why it failed
+            return 2
+        if not out_of_memory(error):
+            raise
         message, status = "out of memory; try --accumulate 2 or more, a smaller --n, or another --device", 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command without --fresh continues from what is saved", 130
     if sys.stdout.isatty():
         print()  # end the live line
     if not store or store.add("failed", 1) == 1:  # of several processes, the first to fail speaks
+        message = "".join(c if c.isprintable() else "?" for c in message)  # of names in files from strangers
         print(f"slimflow: {message}", file=sys.stderr)
     return status
 

@@ -3,6 +3,10 @@
 Reference numbers were recorded from EDM's networks, SciPy's RK45 and a Frechet distance in float64.
 """
 
+import contextlib
+import copy
+import errno
+import faulthandler
 import hashlib
 import io
 import json
@@ -10,12 +14,15 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import traceback
 import types
 import urllib.error
 import warnings
@@ -24,6 +31,7 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -359,6 +367,12 @@ def test_solvers_hand_the_class_on():
         torch.testing.assert_close(x, y[:, None].expand(-1, 2).float(), atol=4e-3, rtol=0)
 
 
+@pytest.mark.parametrize("solver", [dict(solver="euler", steps=2), dict(solver="adams", steps=4)])
+def test_images_that_are_not_finite_are_refused(solver):
+    with pytest.raises(sf.Fault, match=f"the images of {solver['solver']} are not finite; take another"):
+        sf.sample(lambda x, t, y: x * math.inf, torch.ones(1, 2), **solver)
+
+
 def test_rk45_names_the_time_at_which_a_field_breaks():
     def broken(x, t, y=None):
         return x if t[0] < 0.5 else x * math.nan
@@ -510,6 +524,26 @@ def test_images_come_from_a_zip_of_edms_and_from_a_folder_alike(tmp_path, capsys
     assert y.tolist() == [0, 0, 0, 1, 1]  # what was decoded without labels does not stand in
 
 
+def test_files_that_grow_and_pictures_that_start_programs_are_refused(tmp_path, one_line):
+    """A few hundred KB each, which want more than memory should give, or Ghostscript."""
+    for path, name, mebibytes in (("bomb.zip", "0.png", 200), ("digits.npz", "images.npy", 300)):
+        archive = zipfile.ZipFile(tmp_path / path, "w", zipfile.ZIP_DEFLATED)
+        with archive, archive.open(name, "w") as file:
+            for _ in range(mebibytes):
+                file.write(bytes(2**20))
+    with pytest.raises(sf.Fault, match=r"0.png cannot be used: more than 128 MiB; mend it or take it out"):
+        sf.load_images(little("ffhq64", 8), tmp_path / "bomb.zip")
+    with pytest.raises(sf.Fault, match=r"digits.npz is damaged or no digits.npz \(too large\); take the one"):
+        sf.load_images(sf.PRESETS["digits"], tmp_path)
+    large, eps = io.BytesIO(), io.BytesIO()
+    Image.new("1", (6_000, 6_000)).save(large, "PNG")
+    Image.new("RGB", (99, 99)).save(eps, "EPS")
+    for file, reason in ((large, "6000x6000 are more than 32 million"), (eps, "cannot identify image file")):
+        zipped(tmp_path / "x.zip", {"0.png": file.getvalue()})
+        with pytest.raises(sf.Fault, match=f"0.png cannot be used: {reason}"):
+            sf.load_images(little("ffhq64", 8), tmp_path / "x.zip")
+
+
 def test_decoded_images_are_kept_until_the_source_is_newer(tmp_path, capsys):
     path, preset = tmp_path / "some.zip", little("ffhq64", 8)
     zipped(path, {"a.png": png(colours(0, 8, 8, 3))})
@@ -568,8 +602,8 @@ def test_unusable_images_and_labels_are_named_and_nothing_is_kept(tmp_path):
         "2/c.png has no class from 0 to 1": good | {"2/c.png": good["0/a.png"]},
         "0/a.png has no class from 0 to 1": good | labels(["0/a.png", 2], ["1/b.png", 0]),
         "1/b.png has no class from 0 to 1": good | labels(["0/a.png", 1]),
-        "no zip of images with a class each": good | {"dataset.json": b'{"labels": null}'},
-        "damaged or no zip": good | {"dataset.json": b"{"},
+        "no folder or zip of images with a class each": good | {"dataset.json": b'{"labels": null}'},
+        "damaged or no folder or zip": good | {"dataset.json": b"{"},
     }
     for i, (line, files) in enumerate(cases.items()):
         zipped(tmp_path / f"{i}.zip", files)
@@ -579,9 +613,9 @@ def test_unusable_images_and_labels_are_named_and_nothing_is_kept(tmp_path):
     with pytest.raises(sf.Fault, match=r"no images at .*nowhere; --data-dir takes a folder of images or"):
         sf.load_images(little("ffhq64", 8), tmp_path / "nowhere")
     (tmp_path / "not.zip").write_bytes(b"PK nothing")
-    with pytest.raises(sf.Fault, match="damaged or no zip of images"):
+    with pytest.raises(sf.Fault, match="damaged or no folder or zip of images"):
         sf.load_images(little("ffhq64", 8), tmp_path / "not.zip")
-    assert not list(tmp_path.glob("*.npy*"))
+    assert not list(tmp_path.glob("*.npy"))
     zipped(tmp_path / "ok.zip", good)
     sf.load_images(little("imagenet64", 8, 2), tmp_path / "ok.zip")
     (tmp_path / "ok.zip.8x8.labels.npy").write_bytes(b"\x93NUMPY\x01\x00")
@@ -647,34 +681,36 @@ def tiny_run(folder, batch=8, **changes):
     return sf.Run(replace(preset, **changes), folder / "digits")
 
 
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(sf, "SAMPLE_BATCH", 100)
-    whole, parts = tiny_run(tmp_path / "whole"), tiny_run(tmp_path / "parts")
-    sf.run_stages(whole, "distill")
-    monkeypatch.setattr(sf, "SAVE_EVERY", 0)
-    work = sf.update
-    for steps in (5, 7 + 4, 8 + 3):  # interrupted once in each stage
-        calls = iter(range(steps))
-
-        def update(*args, calls=calls):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return work(*args)
-
-        monkeypatch.setattr(sf, "update", update)
-        with pytest.raises(KeyboardInterrupt):
-            sf.run_stages(parts, "distill")
-    monkeypatch.setattr(sf, "update", work)
-    assert sf.load_checkpoint(parts.folder / "distill/ckpt.pt")["step"] == 3
-    sf.run_stages(parts, "distill")
+def weights(run):
+    """What a finished run ends in, as bytes: its pairs, the averaged weights and logs of its stages."""
+    parts = [(run.folder / "pairs/pairs.npy").read_bytes()]
     for stage in ("train", "reflow", "distill"):
-        a, b = (sf.load_checkpoint(run.folder / stage / "ckpt.pt") for run in (whole, parts))
-        assert a["step"] == b["step"] == 12
-        for key in ("model", "ema"):
-            assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
-        steps = [line.split(",")[0] for line in (parts.folder / stage / "log.csv").read_text().splitlines()]
-        assert steps[1:] == sorted(set(steps[1:]), key=int) and steps[-1] == "12"
-    assert (stored(whole) == stored(parts)).all()
+        state = sf.load_checkpoint(run.folder / stage / "ckpt.pt")
+        parts += [tensor.numpy().tobytes() for tensor in state["ema"].values()]
+        parts.append((run.folder / stage / "log.csv").read_bytes())
+    return parts
+
+
+def test_seed_decides_every_stage_and_nothing_else_does(tmp_path, monkeypatch):
+    run = tiny_run(tmp_path / "one")
+    sf.run_stages(run, "distill")
+    torch.manual_seed(5)  # what was drawn before does not matter
+    again = tiny_run(tmp_path / "again")
+    sf.run_stages(again, "distill")
+    assert weights(run) == weights(again)
+    monkeypatch.setattr(sf, "SAVE_EVERY", 1)
+    often = replace(tiny_run(tmp_path / "often"), log_every=5)
+    sf.run_stages(often, "distill")
+    differ = [one != two for one, two in zip(weights(often), weights(run))]
+    assert sum(differ) == 3  # the logs
+    assert (often.folder / "train/log.csv").read_text().count("\n") == 1 + 3
+    other = replace(tiny_run(tmp_path / "other"), seed=1)
+    sf.run_stages(other, "distill")
+    noise, draws = stored(run)["noise"], stored(other)["noise"]
+    assert (noise == draws).mean() < 0.01  # both are rounded to float16
+    for stage in ("train", "reflow", "distill"):
+        one, two = (sf.load_checkpoint(r.folder / stage / "ckpt.pt")["ema"] for r in (run, other))
+        assert not any(torch.equal(one[name], two[name]) for name in one if "weight" in name)
 
 
 def test_stages_take_classes_and_flips(tmp_path):
@@ -713,11 +749,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
     def write(file):
         file.write(b"ba")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="no space"):
-        sf.save_safely(path, write)
-    assert path.read_bytes() == b"good"
+    def hidden(file):  # as by torch.save
+        try:
+            write(file)
+        except OSError:
+            raise RuntimeError("unexpected pos 768 vs 662")  # noqa: B904
+
+    for fails in (write, hidden):
+        with pytest.raises(sf.Fault, match=r"cannot write .*file: No space left on device; what was there"):
+            sf.save_safely(path, fails)
+        assert path.read_bytes() == b"good" and len(list(tmp_path.iterdir())) == 1
 
 
 def stored(run):
@@ -768,7 +811,7 @@ def test_pairs_that_are_not_finite_are_not_kept(tmp_path):
     broken = sf.load_checkpoint(run.folder / "train/ckpt.pt")
     next(iter(broken["ema"].values())).fill_(math.nan)
     torch.save(broken, run.folder / "train/ckpt.pt")
-    with pytest.raises(sf.Fault, match="the teacher's images are not finite"):
+    with pytest.raises(sf.Fault, match="weights are not finite"):
         sf.run_stages(run, "pairs")
     assert not list(run.folder.rglob("*.npy"))
 
@@ -865,20 +908,403 @@ def test_learning_rate_and_average_follow_the_schedule():
     torch.testing.assert_close(ema.weight, 0.75 * before + 0.25 * net.weight)
 
 
-def test_nan_stops_the_stage_and_keeps_the_last_checkpoint(tmp_path):
+def poisoned(kind, step):
+    """A loss that goes bad in one of four ways at a step."""
+
+    def loss(net, i):
+        value = net(torch.ones(1, 1)).square().sum()
+        if i != step:
+            return value
+        if kind == "gradient":
+            return value + (net.weight - net.weight.detach()).abs().sqrt().sum()  # 0, gradient inf
+        if kind == "weights":  # finite loss and gradient, and a step that is not
+            with torch.no_grad():
+                net.weight.fill_(math.inf)
+            return net.bias.sum()
+        return value * dict(nan=math.nan, inf=math.inf)[kind]
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient", "weights"])
+def test_bad_numbers_stop_the_stage_and_keep_the_last_checkpoint(tmp_path, monkeypatch, kind):
     torch.manual_seed(0)
-    plan, folder = sf.Schedule(steps=40, batch=1, warmup=0), tmp_path / "run"
-
-    def loss(net, step):
-        return net(torch.ones(1, 1)).square().sum() * (math.nan if step >= 26 else 1.0)
-
-    make = lambda: torch.nn.Linear(1, 1)  # noqa: E731
-    sf.fit(make(), loss, replace(plan, steps=20), stage="train", folder=folder)
+    plan, folder, nets = sf.Schedule(steps=24, batch=1, warmup=0), tmp_path / "run", []
+    make = lambda: nets.append(torch.nn.Linear(1, 1)) or nets[-1]  # noqa: E731
+    sf.fit(make(), poisoned(kind, 22), replace(plan, steps=20), stage="reflow", folder=folder)
     kept = (folder / "ckpt.pt").read_bytes()
-    with pytest.raises(sf.Fault, match="train: loss or gradient is not finite at step 27"):
-        sf.fit(make(), loss, plan, stage="train", folder=folder)
+    step = 24 if kind == "weights" else 23  # the loss is the first to tell
+    message = f"reflow: loss, gradient or weights are not finite at step {step}; .*ckpt.pt is good; try a"
+    with pytest.raises(sf.Fault, match=message):
+        sf.fit(make(), poisoned(kind, 22), plan, stage="reflow", folder=folder)
     assert (folder / "ckpt.pt").read_bytes() == kept
     assert (folder / "log.csv").read_text().splitlines()[-1].startswith("20,")
+    monkeypatch.setattr(sf, "SAVE_EVERY", 0)  # now it stops at once, with the checkpoint of step 22
+    with pytest.raises(sf.Fault, match="not finite at step 23"):
+        sf.fit(make(), poisoned(kind, 22), plan, stage="reflow", folder=folder)
+    state = sf.load_checkpoint(folder / "ckpt.pt")
+    moments = [x for of_one in state["optimizer"]["state"].values() for x in of_one.values()]
+    assert state["step"] == 22
+    assert all(x.isfinite().all() for x in [*state["model"].values(), *state["ema"].values(), *moments])
+    sf.fit(make(), poisoned(kind, -1), plan, stage="reflow", folder=folder)  # without the poison it goes on
+    assert sf.load_checkpoint(folder / "ckpt.pt")["step"] == 24
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Safety: kills, full disks, damaged files, two processes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing has disturbed, saved at its end only: its folder."""
+    run = replace(tiny_run(tmp_path_factory.mktemp("whole")), log_every=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sf, "SAMPLE_BATCH", 20)
+        sf.run_stages(run, "distill")
+    return run
+
+
+TINY = """
+import sys
+from pathlib import Path
+import slimflow as sf, test_slimflow as tests
+
+sf.SAVE_EVERY, sf.SAMPLE_BATCH = 0, 20  # saved at every step
+sf.PRESETS["digits"] = tests.tiny_run(Path()).preset
+sys.exit(sf.main())
+"""
+
+
+def tiny_process(*args, **options):
+    """slimflow.py in a process of its own, with the networks and schedules of `tiny_run`."""
+    environment = os.environ | dict(PYTHONPATH=str(HERE), PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1")
+    command = [sys.executable, "-c", TINY, *map(str, args), "--log-every", "5"]
+    return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, **options)
+
+
+def tiny(*args, status=0, **options):
+    """`tiny_process` to its end: what it prints, or the one line of its error."""
+    process = tiny_process(*args, **options)
+    out, error = process.communicate(timeout=170)
+    assert process.returncode == status, error
+    assert error.count("\n") == (status == 2) and error.startswith("slimflow: " * (status == 2)), error
+    return error if status == 2 else out
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments_it_ends_as_if_it_never_was(tmp_path, whole):
+    random, kills, torn, hit, folders = np.random.RandomState(0), 0, 0, set(), 0
+    while kills < 50:
+        folders += 1
+        run = replace(whole, folder=tmp_path / str(folders) / "digits")
+        while not sf.finished(run, "distill"):
+            process = tiny_process("distill", "--out", run.folder.parent)
+            assert process.stdout.readline().startswith("plan: ")
+            time.sleep(random.uniform(0, 4))
+            process.kill()
+            _, error = process.communicate(timeout=60)
+            assert error == ""
+            if process.returncode == -signal.SIGKILL:
+                kills += 1
+                torn += any(run.folder.rglob("*.tmp"))
+                hit.update([stage for stage in sf.STAGES if not sf.finished(run, stage)][:1])
+        assert weights(run) == weights(whole)
+    assert hit == set(sf.STAGES) and torn >= 5, (hit, torn)
+    print(f"{kills} kills, {torn} while a file was written, {folders} runs, all as the undisturbed one")
+
+
+def test_killed_while_it_writes_it_goes_on(tmp_path, whole):
+    """At each file that a run writes, once before it is complete and once after."""
+    run, written = replace(whole, folder=tmp_path / "digits"), []
+    save, replaced = sf.save_safely, os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def kill_in(path, write, keep=False):
+        written.append(path.name)
+        if len(written) in (5, 50):
+            raise Killed
+        if len(written) in (20, 80):
+            Path(f"{path}.tmp").write_bytes(b"torn")
+            raise Killed
+        save(path, write, keep)
+        if len(written) in (30, 60, 90) or (path.name == "pairs.npy" and written.count("pairs.npy") == 1):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sf, "SAMPLE_BATCH", 20)
+        patch.setattr(sf, "SAVE_EVERY", 0)
+        patch.setattr(sf, "save_safely", kill_in)
+        for _ in range(8):
+            with pytest.raises(Killed):
+                sf.run_stages(run, "distill")
+        sf.run_stages(run, "distill")
+        sf.pairs(run)  # they are complete, and what was left of their parts goes
+    assert os.replace is replaced and weights(run) == weights(whole)
+    assert not list(tmp_path.rglob("*.tmp")) and not (run.folder / "pairs/parts").exists()
+    assert {"ckpt.pt", "log.csv", "loss.png", "samples.png", "pairs.npy", "settings.json"} < set(written)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, whole, monkeypatch, capsys):
+    run = replace(whole, folder=tmp_path / "digits")
+    monkeypatch.setattr(sf, "SAMPLE_BATCH", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(sf, "SAVE_EVERY", 0)
+        sf.run_stages(run, "train")
+    path, old = run.folder / "train/ckpt.pt", run.folder / "train/ckpt.pt.old"
+    ema = sf.load_checkpoint(path)["ema"]
+    before = path.read_bytes()
+    flipped, at = bytearray(before), before.index(next(iter(ema.values())).numpy().tobytes())
+    flipped[at + 1] ^= 1  # one bit of a weight, which torch would not notice
+    for data in (before[: len(before) // 2], flipped, b""):
+        path.write_bytes(data)
+        sf.warn.cache_clear()
+        capsys.readouterr()
+        assert sf.load_checkpoint(path)["step"] == sf.load_checkpoint(path)["step"] == 11
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"warning: {path} is damaged or no checkpoint (" in error
+        assert f"); the one before it, {old}, takes its place" in error
+    (run.folder / "train/log.csv").write_bytes(b"\xff,")  # only written, never read
+    assert sf.unfinished(run, "train") == ["train"]  # so the next command makes the last step again
+    sf.run_stages(run, "distill")
+    assert sf.load_checkpoint(path)["step"] == 12 and weights(run) == weights(whole)
+    path.write_bytes(b"")
+    old.write_bytes(b"")
+    with pytest.raises(sf.Fault, match=r"ckpt.pt.old is damaged or no checkpoint"):
+        sf.load_checkpoint(path)
+
+
+def test_tampered_checkpoints_are_refused_or_harmless(tmp_path, whole):
+    """Files with right sums and odd content."""
+    path, small = tmp_path / "digits/train/ckpt.pt", torch.zeros(2, 2)
+    good = torch.load(whole.folder / "train/ckpt.pt", weights_only=True)
+    network, state = good["settings"]["network"], good["optimizer"]["state"]
+    groups = [dict(good["optimizer"]["param_groups"][0], betas="no", weight_decay=1e9)]
+    name = next(iter(good["ema"]))
+    plan = replace(whole.preset.train, steps=14)
+    run = replace(whole, folder=tmp_path / "digits", preset=replace(whole.preset, train=plan))
+
+    def tampered(**changes):
+        torch.save(good | changes, path)
+        sf.train(run)
+
+    def resized(**changes):
+        torch.save(good | dict(settings=good["settings"] | dict(network=network | changes)), path)
+        sf.load_flow(path)
+
+    path.parent.mkdir(parents=True)
+    nan, odd = torch.full_like(good["ema"][name], math.nan), dict(state[0], exp_avg=small)
+    wide = dict(state[0], exp_avg=torch.zeros(1).expand(state[0]["exp_avg"].shape))
+    for change, reason in (
+        (partial(tampered, step="9"), "entries are missing or of other types"),
+        (partial(tampered, rows=torch.zeros(1, 1).expand(10**8, 3)), "a tensor is larger than its file"),
+        (partial(tampered, recent=[small]), "shape '\\[2\\]' is invalid"),
+        (partial(tampered, recent=[torch.Size([2])]), "torch Size is not what checkpoints are made of"),
+        (partial(tampered, optimizer=dict(state=state | {0: wide})), "a tensor is larger than its file"),
+        (partial(tampered, model=good["model"] | {name: small}), "size mismatch"),
+        (partial(tampered, optimizer=dict(state=state | {0: odd})), "optimizer's state is another network's"),
+        (partial(tampered, optimizer=dict(state=state | {0: {}})), "step"),
+        (partial(tampered, model=good["model"] | {name: nan}), "not finite at step 13"),
+        (partial(resized, num_blocks=10**9), "network is of unknown sizes"),
+        (partial(resized, model_channels=6), "network is of unknown sizes"),
+        (partial(resized, resolution=2**40), "network is of unknown sizes"),
+        (partial(resized, time_scale=math.nan), "network has unknown settings"),
+        (partial(resized, dropout=7.0), "network has unknown settings"),
+    ):
+        with pytest.raises(sf.Fault, match=reason):
+            change()
+    tampered(optimizer=dict(state=state, param_groups=groups))  # what is not needed is not used
+    assert sf.load_checkpoint(path)["step"] == 14
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more", bytes(10**7))
+    Path(f"{path}.old").unlink()
+    with pytest.raises(sf.Fault, match=r"\(sizes or sums are wrong\)"):
+        sf.load_checkpoint(path)
+
+
+def test_odd_arrays_and_notes_are_refused(tmp_path, whole):
+    good = dict(np.load(HERE / "digits.npz"))
+    for name, array in (
+        ("images", good["images"].astype(float)),
+        ("images", good["images"][:9]),
+        ("images", good["images"][:, 0]),
+        ("labels", good["labels"] + 1),
+        ("labels", good["labels"] * 0.5),
+    ):
+        np.savez(tmp_path / "digits.npz", **good | {name: array})
+        with pytest.raises(sf.Fault, match=r"no digits.npz \(other arrays\); take the one that comes with"):
+            sf.load_images(whole.preset, tmp_path)
+    mu, sigma = np.zeros(3), np.eye(3)
+    nan = mu + math.nan
+    for pair in ((mu[:2], sigma), (sigma, mu), (mu, sigma[:2]), (nan, sigma), (mu, sigma + math.inf)):
+        np.savez(tmp_path / "ref.npz", mu=pair[0], sigma=pair[1])
+        with pytest.raises(sf.Fault, match=r"ref.npz is damaged .*shapes or values are wrong\); name"):
+            sf.load_moments(tmp_path / "ref.npz")
+    note = tmp_path / "digits/pairs/settings.json"
+    note.parent.mkdir(parents=True)
+    made = json.loads((whole.folder / "pairs/settings.json").read_text())
+    solvers = 3, {}, dict(solver="x", steps=3), dict(solver="heun"), dict(solver="heun", steps="3")
+    solvers += dict(solver="heun", steps=10**9), dict(solver="rk45", steps=3), sf.RK45 | dict(rtol=0)
+    solvers += (dict(solver="heun", steps=2.5),)
+    for odd in ([], {}, dict(solver=made["solver"]), *(made | dict(solver=solver) for solver in solvers)):
+        note.write_text(json.dumps(odd))
+        with pytest.raises(sf.Fault, match=r"no note of how the pairs were made .*; use pairs --fresh"):
+            sf.pair_settings(replace(whole, folder=tmp_path / "digits"))
+
+
+def test_fresh_gives_folders_back_if_nothing_takes_their_place(tmp_path, whole, one_line, capsys):
+    shutil.copytree(whole.folder, tmp_path / "digits")
+    (tmp_path / "digits/lock").touch()
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    fresh = "--fresh", "--out", tmp_path
+    assert "nowhere/digits.npz does not exist" in one_line("train", *fresh, "--data-dir", "nowhere")
+    assert "cannot be split" in one_line("reflow", *fresh, "--batch", 7, "--accumulate", 2)
+    assert "nope.pkl" in one_line("pairs", *fresh, "--teacher", "nope.pkl")
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_pairs_of_two_teachers_are_not_mixed(tmp_path, whole, monkeypatch):
+    run = replace(whole, folder=tmp_path / "digits")
+    monkeypatch.setattr(sf, "SAMPLE_BATCH", 20)
+    sf.run_stages(run, "pairs")
+    pairs, parts = run.folder / "pairs/pairs.npy", run.folder / "pairs/parts"
+    pairs.unlink()
+    longer = replace(run, preset=replace(run.preset, train=replace(run.preset.train, steps=13)))
+    sf.run_stages(longer, "train", asked=True)
+    with pytest.raises(sf.Fault, match=r"pairs was begun with other settings, see .*json; use --fresh"):
+        sf.pairs(run)
+    shutil.rmtree(pairs.parent)
+    parts.mkdir(parents=True)
+    np.save(parts / "40.npy", stored(whole)[:7])
+    with pytest.raises(sf.Fault, match=r"pairs.npy would have 287 rows in place of 300; use --fresh"):
+        sf.pairs(run)
+    (parts / "40.npy").write_bytes(b"")
+    with pytest.raises(sf.Fault, match=r"parts/40.npy is damaged or no file of pairs .*; delete it"):
+        sf.pairs(run)
+    (parts / "40.npy").unlink()
+    sf.pairs(run)
+    rows = stored(run)
+    assert len(rows) == 300 and not parts.exists()
+    rows["noise"][0] = math.nan
+    np.save(pairs, rows)
+    with pytest.raises(sf.Fault, match=r"the noise in .* is not N\(0, 1\)"):
+        sf.load_pairs(run)
+
+
+def test_what_would_fail_late_fails_early(tmp_path, whole):
+    odd = replace(whole.preset, distill=replace(whole.preset.distill, batch=9))
+    with pytest.raises(sf.Fault, match="a batch of 9 cannot be split into 1 x 2 parts"):
+        sf.run_stages(replace(whole, folder=tmp_path / "digits", preset=odd, accumulate=2), "distill")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_files_are_replaced_and_names_are_printed_harmlessly(tmp_path, whole, one_line):
+    ckpt = whole.folder / "distill/ckpt.pt"
+    os.mkfifo(tmp_path / "pipe")
+    line = one_line("sample", "--ckpt", ckpt, "--png", tmp_path / "pipe")
+    assert line.startswith(f"slimflow: cannot write {tmp_path}/pipe: it is a folder or a device; what was")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+    assert one_line("sample", "--ckpt", "a\n\x1b[31m.pt").startswith("slimflow: a??[31m.pt does not exist")
+
+
+def test_second_process_on_a_folder_is_refused_until_the_first_is_gone(tmp_path, one_line):
+    first = tiny_process("train", "--out", tmp_path)
+    assert first.stdout.readline().startswith("plan: ")
+    os.kill(first.pid, signal.SIGSTOP)
+    for args in (("distill",), ("train", "--fresh"), ("all",)):
+        line = one_line(*args, "--out", tmp_path)
+        where = f"{tmp_path}/digits/lock; wait until it ends, or use another --out\n"
+        assert line == f"slimflow: another process holds {where}"
+    first.kill()
+    first.communicate(timeout=60)
+    with sf.lock(tmp_path / "digits/lock"):
+        assert one_line("all", "--out", tmp_path) == line
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, and a function that changes its mount options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder, lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_full_and_read_only_disks_cost_a_line_and_nothing_else(disk, whole):
+    folder, remount = disk
+    run = replace(whole, folder=folder / "digits")
+    for size in (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704):
+        remount(f"size={size}k")
+        line = tiny("distill", "--out", folder, status=2)
+        assert re.fullmatch(f"slimflow: cannot write {folder}/.*: No space left on device; .*\n", line)
+        for path in run.folder.rglob("*.pt"):
+            assert sf.load_checkpoint(path)["step"] > 0
+        assert not list(folder.rglob("*.tmp"))
+    remount("ro")
+    line = tiny("distill", "--out", folder, status=2)
+    assert re.fullmatch(f"slimflow: .*{folder}/digits.*: Read-only file system.*\n", line)
+    remount("rw,size=50m")
+    tiny("distill", "--out", folder)
+    assert weights(run) == weights(whole)
+
+
+def test_unwritable_folder_and_vanished_files_cost_a_line(tmp_path, whole, one_line):
+    for name, mode in (("sealed", 0o500), ("gone", 0o700)):
+        (tmp_path / name).mkdir(mode=mode)
+    if os.getuid():  # root may write anywhere
+        assert "sealed/digits: Permission denied" in one_line("train", "--out", tmp_path / "sealed")
+    shutil.copy(HERE / "digits.npz", tmp_path / "gone")
+    run = replace(whole, folder=tmp_path / "digits", data_dir=tmp_path / "gone")
+    sf.run_stages(replace(run, preset=replace(run.preset, train=replace(run.preset.train, steps=5))), "train")
+    (tmp_path / "gone/digits.npz").unlink()
+    with pytest.raises(sf.Fault, match=r"gone/digits.npz does not exist; make it first, or name the right"):
+        sf.train(run)
+    shutil.copy(HERE / "digits.npz", tmp_path / "gone")
+    sf.train(run)
+    sf.run_stages(run, "pairs")
+    pairs = run.folder / "pairs/pairs.npy"
+    pairs.write_bytes(pairs.read_bytes()[:-1])
+    with pytest.raises(sf.Fault, match=r"pairs.npy is damaged or no file of pairs .*; use pairs --fresh"):
+        sf.run_stages(run, "reflow")
+    pairs.unlink()
+    sf.run_stages(run, "reflow")  # makes them anew
+    assert sf.finished(run, "reflow")
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_logged_whole_and_drawn_thinly(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y: drawn.append(len(x)))
+    rows = [[50 * i, 1 / i, 0.5] for i in range(1, 1_000_001)]
+    sf.draw_loss(tmp_path / "run", rows)
+    text = (tmp_path / "run/log.csv").read_text()
+    assert text.count("\n") == 1_000_001 and text.endswith("\n50000000,1e-06,0.5\n")
+    assert 1_000 <= drawn[0] <= 2_000 and (tmp_path / "run/loss.png").exists()
+
+
+@pytest.mark.slow
+def test_20_000_steps_take_no_more_memory_or_files_than_5_000(tmp_path, monkeypatch):
+    monkeypatch.setattr(sf, "SAVE_EVERY", 1)
+    run, used = tiny_run(tmp_path), {}
+    work = sf.update
+
+    def update(*args):
+        used["step"] = step = used.get("step", 0) + 1
+        if step % 5_000 == 0:
+            memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+            used[step] = memory, len(os.listdir("/proc/self/fd"))
+        return work(*args)
+
+    monkeypatch.setattr(sf, "update", update)
+    plan = replace(run.preset.train, steps=20_000)
+    sf.train(replace(run, preset=replace(run.preset, train=plan)))
+    print({step: f"{mib} MiB, {files} files" for step, (mib, files) in list(used.items())[1:]})
+    assert used[20_000][0] < used[5_000][0] + 10 and used[20_000][1] == used[5_000][1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -896,16 +1322,21 @@ class Persistent:
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
 
 
-@pytest.fixture
-def nvidia(monkeypatch):
+def nvidia_modules():
     """Modules under the names that EDM's pickles refer to."""
     persistence, dnnlib = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
     exec("def _reconstruct_persistent_obj(meta): raise SystemExit", persistence.__dict__)
     persistence._reconstruct_persistent_obj.__module__ = persistence.__name__
     dnnlib.EasyDict = type("EasyDict", (dict,), dict(__module__="dnnlib.util"))
-    for module in (types.ModuleType("torch_utils"), persistence, types.ModuleType("dnnlib"), dnnlib):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    return dnnlib.EasyDict
+    parents = types.ModuleType("torch_utils"), types.ModuleType("dnnlib")
+    return {module.__name__: module for module in (*parents, persistence, dnnlib)}
+
+
+@pytest.fixture
+def nvidia(monkeypatch):
+    """Those modules, for the time of a test."""
+    for name, module in nvidia_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def edm_tree(module):
@@ -1067,6 +1498,17 @@ def hostile_pickles(folder):
             warnings.simplefilter("ignore")
             return saved(torch.zeros(n).storage(), **options)
 
+    def endless(**options):  # keys that hash for ever, in place of one that torch.save has written
+        blob, key = saved(dict(model={"k": 7, "l": 8}), **options), b"X\x01\x00\x00\x00k"
+        put = b"q\x63" if options else b"q\x62q\x63"
+        tuples = b")" + put + (b"h\x63h\x63\x86" + put) * 61 + b"h\x63"
+        assert key in blob
+        if options:
+            return blob.replace(key, tuples).ljust(16_384)
+        bomb = rezipped(blob, Random(1), lambda member, _: member.replace(key, tuples))
+        assert key not in bomb
+        return bomb
+
     doubled = ()
     for _ in range(60):
         doubled = (doubled, doubled)
@@ -1119,6 +1561,9 @@ def hostile_pickles(folder):
         "key that hashes for ever": b"\x80\x04})" + b"2\x86" * 60 + b"Ns.",
         "name that hashes for ever": tampered(
             lambda all, _: all["ema"].state["_modules"]["model"].meta.update(class_name=doubled)),
+        "storage that hashes for ever": tensor_of(endless(_use_new_zipfile_serialization=False)),
+        "checkpoint that hashes for ever.pt": endless(),
+        "checkpoint that hashes for ever.pth": endless(),
         "deeply nested": b"\x80\x04" + b"]" * 300_000 + b"a" * 299_999 + b".",
     }  # fmt: skip
     return files | {f"cut at {i}/10": good[: len(good) * i // 10] for i in range(1, 10)}
@@ -1138,8 +1583,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 def test_hostile_pickles_run_nothing_take_nothing_and_get_one_line(nvidia, tmp_path):
     paths = []
-    for i, data in enumerate(hostile_pickles(tmp_path).values()):
-        paths.append(tmp_path / f"{i}.pkl")
+    for i, (name, data) in enumerate(hostile_pickles(tmp_path).items()):
+        paths.append(tmp_path / f"{i}{Path(name).suffix if '.pt' in name else '.pkl'}")
         paths[-1].write_bytes(data)
     command = [sys.executable, "-c", READ_EACH, *(path.name for path in paths)]
     environment = os.environ | dict(PYTHONPATH=str(HERE))
@@ -1320,6 +1765,300 @@ def test_sample_takes_the_authors_checkpoints(tmp_path, capsys, one_line):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Damaged and hostile files, in every format that the program reads
+
+JUNK = (
+    None, True, -1, 0, 7, 2**31, 2**63, 10**30, 0.5, 1e308, math.nan, math.inf, "", "euler", "9" * 1000, b"x",
+    [], {}, (), [[]] * 3, {"a": [1]}, [math.nan], ((1, 2), (3,)), 3 + 4j, torch.zeros(0), torch.tensor(-1),
+    torch.zeros(3, dtype=torch.int64), torch.full((2, 2), math.nan), torch.zeros(1, dtype=torch.complex64),
+    torch.zeros(1).expand(10**9), torch.Size([3]), torch.float16,
+)  # fmt: skip
+
+
+def scratched(data, random):
+    """Bytes cut off, with flipped bits, or with a piece lost, doubled, or overwritten."""
+    i, n = random.randrange(len(data) + 1), random.randint(1, 64)
+    kind = random.choice(["cut", "bits", "bits", "lost", "doubled", "zeros", "noise"])
+    if kind == "cut":
+        return data[:i]
+    if kind == "bits":
+        flipped = bytearray(data)
+        for _ in range(random.randint(1, 16) if data else 0):
+            flipped[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        return bytes(flipped)
+    new = dict(lost=b"", doubled=data[i : i + n] * 2, zeros=bytes(n), noise=random.randbytes(n))[kind]
+    return data[:i] + new + data[i + n :]
+
+
+def rezipped(data, random, change=scratched):
+    """A zip of which one member is scratched, its sum being right again."""
+    source, file = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    chosen = random.choice(source.namelist())
+    pickled = [name for name in source.namelist() if name.endswith("data.pkl")]
+    chosen = pickled[0] if pickled and random.random() < 0.7 else chosen
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in source.namelist():
+            member = source.read(name)
+            archive.writestr(name, change(member, random) if name == chosen else member)
+    return file.getvalue()
+
+
+def replaced(value, random):
+    """A tree of dicts and lists of which one node, at any depth, is junk or gone."""
+    keys = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
+    if not keys or random.random() < 0.15:
+        return random.choice(JUNK)
+    key = random.choice(list(keys))
+    changed = copy.copy(value)
+    if random.random() < 0.1:
+        del changed[key]
+    else:
+        changed[key] = replaced(value[key], random)
+    return changed
+
+
+def saved(value):
+    """What torch.save writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def as_npy(random, *good):
+    """An array of another type or shape, at times with a header that promises more than there is."""
+    shape = tuple(random.randrange(5) for _ in range(random.randrange(4)))
+    kinds = "f2", "f8", "i8", "u1", "?", "c8", "S3", "U2", "M8[s]", "f4,i2", "V8", "O"
+    array = random.choice(good) if random.random() < 0.3 else np.zeros(shape, random.choice(kinds))
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array.T if random.random() < 0.3 else array)
+    data = file.getvalue()
+    if random.random() < 0.3:
+        data = re.sub(rb"'shape': \(.*?\)", b"'shape': (%d,)" % 10 ** random.randrange(14), data)
+    return data
+
+
+def bomb(random):
+    """A PNG header, with its sum right, of a picture of any size, and a little of its content."""
+    width, height = (int(10 ** random.uniform(0, 5)) for _ in range(2))
+    bits, colour = random.choice([1, 8, 16]), random.choice([0, 2, 6])
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = header, b"IDAT" + zlib.compress(bytes(random.randint(1, 10**6))), b"IEND"
+    parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+class Fuzz:
+    """Good files of each format, their mutations, and the command that reads them."""
+
+    def __init__(self, folder):
+        self.folder, digits, colour = folder, tiny_run(folder / "good"), little("imagenet64", 8, 3)
+        plans = {stage: sf.Schedule(3, 8) for stage in sf.TRAINING.split()}
+        digits = replace(digits, preset=replace(digits.preset, pairs=40, **plans))
+        network = digits.preset.teacher | dict(channels=3, label_dim=3)
+        colour = replace(colour, teacher=network, students={"tiny": network}, student="tiny", **plans)
+        sf.PRESETS.update(digits=digits.preset, imagenet64=colour)
+        sf.SAMPLE_BATCH = 20
+        sf.draw_loss = sf.save_grid = lambda *args: None  # pictures are not what is tried here
+        sf.run_stages(digits, "reflow")
+        sys.modules.update(nvidia_modules())
+        self.run, self.edm = digits, sf.UNet(**EDM | dict(model_channels=8, attn_resolutions=()))
+        self.pictures = {f"{i % 3}/{i}.png": png(colours(i, 8, 9, 3)) for i in range(4)}
+        self.labels = dict(labels=[[name, i % 3] for i, name in enumerate(self.pictures)])
+        self.zip = self.folder / "good.zip"
+        zipped(self.zip, self.pictures | {"dataset.json": json.dumps(self.labels)})
+        sf.load_images(colour, self.zip)
+        self.decoded = self.folder / "good.zip.8x8.labels.npy"
+
+    def put(self, path, data):
+        """Write the file of a case."""
+        path = self.folder / "case" / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    def copied(self, stage):
+        """A copy of the good run's stage, and of what it needs, to be damaged."""
+        for name in (*sf.INPUTS[stage], stage):
+            if (self.run.folder / name).exists():
+                shutil.copytree(self.run.folder / name, self.folder / "case/digits" / name)
+
+    def ckpt(self, random):
+        name = "train/ckpt.pt"
+        good = (self.run.folder / name).read_bytes()
+        state = torch.load(io.BytesIO(good), weights_only=True)
+        made = saved(replaced(state, random)), rezipped(good, random), scratched(good, random)
+        path = self.put(f"digits/{name}", random.choice(made))
+        out = "--out", self.folder / "case"
+        return random.choice([("sample", "--n", 2, "--ckpt", path), ("train", "--steps", 4, *out)])
+
+    def pth(self, random):
+        config = SMALL | dict(model_channels=8, attn_resolutions=(16,))
+        save_official(self.folder / "good.pth", official_modules(config))
+        good = (self.folder / "good.pth").read_bytes()
+        state = torch.load(io.BytesIO(good), weights_only=True)
+        made = saved(replaced(state, random)), rezipped(good, random), scratched(good, random)
+        return "sample", "--n", 1, "--ckpt", self.put("x.pth", random.choice(made))
+
+    def pkl(self, random):
+        objects, state = edm_objects(self.edm)
+        if random.random() < 0.5:
+            outer = objects["ema"]
+            where = random.choice([state["_init_kwargs"], state["_modules"], outer.state, outer.meta])
+            changed = replaced(dict(where), random)
+            where.update(changed if isinstance(changed, dict) else {key: changed for key in where})
+            return self.sample_pkl(pickle.dumps(objects))
+        return self.sample_pkl(scratched(pickle.dumps(objects), random))
+
+    def sample_pkl(self, data):
+        return "sample", "--n", 1, "--solver", "euler", "--steps", 1, "--ckpt", self.put("x.pkl", data)
+
+    def npz(self, random):
+        mu, sigma, digit = np.zeros(4), np.eye(4), HERE / "digits.npz"
+        file = io.BytesIO()
+        np.savez(file, mu=mu, sigma=sigma)
+        good = [digit.read_bytes(), file.getvalue()][i := random.randrange(2)]
+        swap = lambda data, random: as_npy(random, mu, sigma)  # noqa: E731
+        data = random.choice([rezipped(good, random), rezipped(good, random, swap), scratched(good, random)])
+        if i:
+            return partial(sf.load_moments, self.put("ref.npz", data))
+        return "train", "--out", self.folder / "case", "--data-dir", self.put("digits.npz", data).parent
+
+    def npy(self, random):
+        names = self.run.folder / "pairs/pairs.npy", self.decoded
+        source = names[i := random.randrange(2)]
+        good, wrong = source.read_bytes(), np.load(source)
+        wrong["y"] = random.choice([-1, 2, 3, 2**40])
+        head = scratched(good[:200], random) + good[200:]
+        data = random.choice([head, scratched(good, random), as_npy(random, wrong)])
+        if i:
+            shutil.copy(self.zip, self.put("x.zip", b""))
+            self.put("x.zip.8x8.labels.npy", data)
+            return self.colour("x.zip")
+        self.copied("pairs")
+        self.put("digits/pairs/pairs.npy", data)
+        return "reflow", "--out", self.folder / "case"
+
+    def parts(self, random):
+        self.copied("pairs")
+        (self.folder / "case/digits/pairs/pairs.npy").unlink()
+        rows = np.load(self.run.folder / "pairs/pairs.npy")
+        file = io.BytesIO()
+        np.save(file, rows[:20])
+        data = random.choice([scratched(file.getvalue(), random), as_npy(random, rows[:3])])
+        self.put(f"digits/pairs/parts/{random.choice([0, 20])}.npy", data)
+        return "pairs", "--out", self.folder / "case"
+
+    def colour(self, name):
+        out = "--out", self.folder / "case"
+        return "train", "--dataset", "imagenet64", *out, "--data-dir", self.folder / "case" / name
+
+    def zip_(self, random):
+        good = self.zip.read_bytes()
+        data = random.choice([scratched(good, random), rezipped(good, random)])
+        if random.random() < 0.3:
+            names = "../evil.png", "/tmp/evil.png", "a/../../evil.png", "C:\\evil.png", "link.png", "\x00.png"
+            entry = zipfile.ZipInfo(random.choice(names))
+            entry.external_attr = random.choice([0, 0o120777 << 16])  # a file, a symbolic link
+            file = io.BytesIO(good)
+            with zipfile.ZipFile(file, "a") as archive:
+                archive.writestr(entry, random.choice([b"/etc/passwd", png(colours(0, 9, 8, 3))]))
+            data = file.getvalue()
+        self.put("x.zip", data)
+        return self.colour("x.zip")
+
+    def png(self, random):
+        for name, data in self.pictures.items():
+            self.put(f"x/{name}", data)
+        modes = "1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"
+        file, kind = io.BytesIO(), random.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+        image = Image.fromarray(colours(0, 9, 9, 3)).convert(random.choice(modes))
+        with contextlib.suppress(OSError, KeyError, ValueError):  # not each format has each mode
+            image.save(file, kind)
+        made = [scratched(file.getvalue(), random), scratched(self.pictures["0/0.png"], random), bomb(random)]
+        self.put("x/0/0.png", random.choice(made))
+        return self.colour("x")
+
+    def dataset_json(self, random):
+        text = json.dumps(self.labels).encode()
+        data = scratched(text, random)
+        if random.random() < 0.5:
+            data = json.dumps(replaced(self.labels, random), default=str).encode()
+        self.put("x.zip", b"")
+        zipped(self.folder / "case/x.zip", self.pictures | {"dataset.json": data})
+        return self.colour("x.zip")
+
+    def settings_json(self, random):
+        self.copied("pairs")
+        good = json.loads((self.run.folder / "pairs/settings.json").read_text())
+        data = scratched(json.dumps(good).encode(), random)
+        if random.random() < 0.5:
+            data = json.dumps(replaced(good, random), default=str).encode()
+        self.put("digits/pairs/settings.json", data)
+        return "pairs", "--n", 40, "--out", self.folder / "case"
+
+
+def fuzz(folder, cases, *formats):
+    """Try some cases of each format; print how often it was refused, and whatever went wrong."""
+    tries, work, root = Fuzz(Path(folder)), sf.command, sorted(Path(folder).parent.iterdir())
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # noqa: E731
+    for name in formats:
+        random, refused, slowest, before = Random(name), 0, 0.0, peak()
+        for i in range(cases):
+            shutil.rmtree(tries.folder / "case", ignore_errors=True)
+            args, output, errors = getattr(tries, name)(random), io.StringIO(), io.StringIO()
+            sf.command = work if isinstance(args, tuple) else lambda _, call=args: call()
+            args = [str(a) for a in args] if isinstance(args, tuple) else ["all"]
+            faulthandler.dump_traceback_later(60, exit=True)
+            began, kept = time.perf_counter(), set(tries.folder.glob("*"))
+            try:
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                    status = sf.main(args)
+            except Exception:
+                status = traceback.format_exc()
+            slowest = max(slowest, time.perf_counter() - began)
+            lines = [line for line in errors.getvalue().splitlines() if "slimflow: warning: " not in line]
+            ours = all(line.startswith("slimflow: ") for line in lines)
+            if status not in (0, 2) or len(lines) != (status == 2) or not ours:
+                print("WRONG", name, i, args, status, errors.getvalue())
+            new = set(tries.folder.glob("*")) - kept - {tries.folder / "case", tries.folder / "samples.png"}
+            if new or sorted(Path(folder).parent.iterdir()) != root:
+                print("WRONG", name, i, "wrote", new or "outside")
+            refused += status == 2
+        figures = f"{refused} refused, slowest {slowest:.2f} s, {peak() - before} MiB more"
+        print(f"{name:<14}{cases} cases, {figures}")
+
+
+FORMATS = "ckpt", "pth", "pkl", "npz", "npy", "parts", "zip_", "png", "dataset_json", "settings_json"
+
+
+def fuzzed(folder, cases):
+    """The lines that `fuzz` prints, run in a process of its own."""
+    folder.mkdir()
+    environment = os.environ | dict(PYTHONPATH=str(HERE))
+    script = f"import test_slimflow as tests; tests.fuzz({str(folder)!r}, {cases}, *tests.FORMATS)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    assert "WRONG" not in done.stdout, done.stdout
+    figures = re.findall(r"(\d+) refused, slowest (.*) s, (\d+) MiB", done.stdout)
+    assert len(figures) == len(FORMATS)
+    assert all(float(slowest) < 5 and int(more) < 1024 for _, slowest, more in figures)
+    return {name: int(refused) for name, (refused, *_) in zip(FORMATS, figures)}
+
+
+def test_damaged_files_of_every_format_cost_a_line(tmp_path):
+    refused = fuzzed(tmp_path / "fuzz", 12)
+    assert all(refused.values())
+
+
+@pytest.mark.slow
+def test_300_damaged_files_of_every_format_cost_a_line(tmp_path):
+    refused = fuzzed(tmp_path / "fuzz", 300)
+    assert all(50 < number < 300 for number in refused.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
 # LPIPS and FID: by packages that need not be there, with weights that nobody need download for a test
 
 
@@ -1426,16 +2165,13 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(tmp_pa
 
     own, last = fids()
     assert "FID against 20 real images" in last
-    with np.load(run.folder / "reference.npz") as file:
-        images, _ = sf.load_images(run.preset, run.data_dir)
-        np.testing.assert_allclose(file["mu"], means(images).double().mean(0))
-        np.testing.assert_allclose(file["sigma"], np.cov(means(images).double().T))
+    images, _ = sf.load_images(run.preset, run.data_dir)
     student = sf.load_flow(run.folder / "distill/ckpt.pt")
     made = sf.to_uint8(sf.one_step(student, sf.fixed_noise(run, 600, seed=4321)[0]))
-    real = sf.moments([means(images)])
+    real = means(images).double().mean(0), np.cov(means(images).double().T)
     assert own[3] == pytest.approx(sf.frechet_distance(*sf.moments([means(made)]), *real), abs=0.01)
     count.clear()
-    assert fids()[0] == own and sum(count) == 300 + 3 * 600  # the reference is not made again
+    assert fids()[0] == own and sum(count) == 20 + 300 + 3 * 600  # the stored pairs are not made again
     np.savez(tmp_path / "stats.npz", mu=real[0] + 10, sigma=real[1])
     run = replace(run, data_dir=tmp_path / "nowhere")  # the images are not needed then
     given, last = fids(tmp_path / "stats.npz")
@@ -1443,6 +2179,13 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(tmp_pa
     np.savez(tmp_path / "stats.npz", mean=real[0])
     with pytest.raises(sf.Fault, match=r"stats\.npz is damaged or no npz with mu and sigma"):
         sf.evaluate(run, tmp_path / "stats.npz")
+    monkeypatch.setattr(sf, "inception_features", lambda device: lambda pictures: pictures.flatten(1).float())
+    features = 3 * 8 * 8  # of which a distance needs more images than the 100 stored pairs that are left
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(features), sigma=np.eye(features))
+    np.save(run.folder / "pairs/pairs.npy", stored(run)[:100])
+    capsys.readouterr()
+    sf.evaluate(run, tmp_path / "stats.npz")
+    assert capsys.readouterr().out.splitlines()[1].split()[-3] == "600"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1452,11 +2195,13 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(tmp_pa
 MANY = """
 import os, signal, sys
 import slimflow as sf, test_slimflow as tests
+from dataclasses import replace
 from pathlib import Path
 
-folder, killed = Path(sys.argv[1]), sys.argv[2] == "killed"
-sf.LOG_EVERY, sf.SAVE_EVERY, sf.SAMPLE_BATCH = 1, 0, 50
-run, work = tests.tiny_run(folder, batch=64), sf.update
+folder = Path(sys.argv[1])
+killed = sys.argv[2] == "killed"
+sf.SAVE_EVERY, sf.SAMPLE_BATCH = 0 if killed else 60, 50
+run, work = replace(tests.tiny_run(folder, batch=64), log_every=1), sf.update
 
 def update(*args):
     path = run.folder / "reflow/ckpt.pt"
@@ -1487,45 +2232,42 @@ def test_two_processes_train_as_one_and_go_on_after_one_was_killed(tmp_path, mon
     assert second.returncode == 0, second.stderr
     assert "plan: reflow -> distill, into two/digits, on 2 x cpu" in second.stdout
     assert second.stdout.count("plan:") == 1 and "continues from" in second.stdout
-    monkeypatch.setattr(sf, "LOG_EVERY", 1)
     monkeypatch.setattr(sf, "SAMPLE_BATCH", 50)
-    sf.run_stages(replace(tiny_run(tmp_path / "one", batch=64), accumulate=2), "distill")
+    sf.run_stages(replace(tiny_run(tmp_path / "one", batch=64), accumulate=2, log_every=1), "distill")
     rows = [np.load(tmp_path / name / "digits/pairs/pairs.npy") for name in ("one", "two")]
     assert len(rows[0]) == 300
     np.testing.assert_allclose(rows[0]["data"].astype(float), rows[1]["data"].astype(float), atol=2e-3)
     for stage in ("train", "reflow", "distill"):
         paths = [tmp_path / name / "digits" / stage / "ckpt.pt" for name in ("one", "two")]
-        a, b = (torch.tensor(sf.load_checkpoint(path)["rows"]) for path in paths)
+        a, b = (sf.load_checkpoint(path)["rows"] for path in paths)
         assert a.shape == (12, 3)
         torch.testing.assert_close(a, b, rtol=2e-4 if stage != "train" else 1e-5, atol=0)
 
 
-def test_failure_of_processes_is_one_message(tmp_path):
+def test_failure_of_processes_is_one_message(tmp_path, monkeypatch):
     done = two_processes(HERE / "slimflow.py", "train", "--data-dir", "nowhere", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("slimflow: ") == 1 and "nowhere/digits.npz does not exist" in done.stderr
-    done = two_processes(HERE / "slimflow.py", "eval", cwd=tmp_path)
-    assert done.stderr.count("slimflow: eval is for one process; run it without torchrun") == 1
+    monkeypatch.setattr(sf, "WORLD", 2)
+    with pytest.raises(sf.Fault, match="eval is for one process; run it without torchrun"):
+        sf.command(sf.parse(["eval"]))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def slimflow(*args, cwd=None, status=0):
-    """Run slimflow.py in a process of its own; its output, or with status 2 its one line of error."""
+def slimflow(*args, cwd=None):
+    """Run slimflow.py in a process of its own; its output."""
     command = [sys.executable, str(HERE / "slimflow.py"), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170)
-    assert done.returncode == status, done.stderr
-    if status == 2:
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith("slimflow: "), done.stderr
-        return done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout
 
 
 @pytest.fixture
 def one_line(capsys):
-    """Like slimflow(..., status=2), in this process."""
+    """Run slimflow.py's command line in this process: the one line of its error."""
 
     def call(*args):
         assert sf.main([str(a) for a in args]) == 2
@@ -1540,10 +2282,13 @@ def one_line(capsys):
 def miniature(tmp_path_factory):
     """The whole pipeline, a few steps a stage, by the command line: (folder, output of the last call)."""
     folder = tmp_path_factory.mktemp("miniature")
-    slimflow("train", "--steps", 12, "--batch", 16, cwd=folder)
-    slimflow("pairs", "--n", 600, "--solver", "euler", "--steps", 4, cwd=folder)
-    slimflow("reflow", "--steps", 10, "--batch", 16, "--anneal", 5, "--anneal-schedule", "cosine", cwd=folder)
-    slimflow("distill", "--steps", 8, "--batch", 16, "--guidance", 0.5, "--distance", "huber", cwd=folder)
+    for line in (
+        "train --steps 12 --batch 16",
+        "pairs --n 600 --solver euler --steps 4",
+        "reflow --steps 10 --batch 16 --anneal 5 --anneal-schedule cosine",
+        "distill --steps 8 --batch 16 --guidance 0.5 --distance huber",
+    ):
+        assert sf.main([*line.split(), "--out", str(folder / "runs")]) == 0
     return folder, slimflow(cwd=folder)
 
 
@@ -1573,28 +2318,42 @@ def test_ctrl_c_ends_with_one_line(tmp_path):
     assert error == "slimflow: interrupted; the same command without --fresh continues from what is saved\n"
 
 
-def test_finished_stage_says_so_and_more_steps_continue_it(miniature):
-    folder, _ = miniature
-    before = (folder / "runs/digits/train/ckpt.pt").read_bytes()
-    assert "train is finished" in slimflow("train", cwd=folder)
-    assert (folder / "runs/digits/train/ckpt.pt").read_bytes() == before
-    shutil.copytree(folder / "runs", folder / "more")
-    output = slimflow("train", "--steps", 14, "--batch", 16, "--out", "more", cwd=folder)
-    assert "12/14 steps  continues from" in output and "note: pairs, reflow, distill" in output
-    output = slimflow("train", "--steps", 14, "--batch", 16, "--out", "more", cwd=folder)
-    assert "14/14 steps  is complete" in output
-    same = "--batch", 16, "--guidance", 0.5, "--distance", "huber"
-    output = slimflow("distill", "--steps", 2, *same, cwd=folder)
-    assert "8/2 steps  is complete" in output and "note:" not in output
-    assert sf.load_checkpoint(folder / "more/digits/train/ckpt.pt")["step"] == 14
+@pytest.fixture
+def output(capsys):
+    """Run slimflow.py's command line in this process: what it prints."""
+
+    def call(*args):
+        capsys.readouterr()
+        assert sf.main([str(a) for a in args]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_finished_stage_says_so_and_more_steps_continue_it(miniature, output):
+    runs, more = miniature[0] / "runs", miniature[0] / "more"
+    before = (runs / "digits/train/ckpt.pt").read_bytes()
+    assert "train is finished" in output("train", "--out", runs)
+    assert (runs / "digits/train/ckpt.pt").read_bytes() == before
+    shutil.copytree(runs, more)
+    out = output("train", "--steps", 14, "--batch", 16, "--out", more)
+    assert "12/14 steps  continues from" in out and "note: pairs, reflow, distill" in out
+    assert "14/14 steps  is complete" in output("train", "--steps", 14, "--batch", 16, "--out", more)
+    same = "--batch", 16, "--guidance", 0.5, "--distance", "huber", "--out", runs
+    out = output("distill", "--steps", 2, *same)
+    assert "8/2 steps  is complete" in out and "note:" not in out
+    assert sf.load_checkpoint(more / "digits/train/ckpt.pt")["step"] == 14
 
 
 def test_a_run_is_not_continued_with_other_settings(miniature, one_line):
     folder, _ = miniature
+    with np.load(HERE / "digits.npz") as file:
+        np.savez(folder / "digits.npz", images=file["images"][:99], labels=file["labels"][:99])
     before = (folder / "runs/digits/distill/ckpt.pt").read_bytes()
     same = "--batch", 16, "--steps", 20, "--out", folder / "runs"
     line = one_line("distill", *same, "--guidance", 0, "--distance", "huber")
     assert "made with another guidance; use --fresh" in line
+    assert "made with another images;" in one_line("train", *same, "--data-dir", folder)
     assert "made with another seed;" in one_line("train", *same, "--seed", 1)
     finished = "--batch", 16, "--distance", "huber", "--out", folder / "runs"
     assert "made with another guidance;" in one_line("distill", "--guidance", 0, *finished)
@@ -1602,30 +2361,30 @@ def test_a_run_is_not_continued_with_other_settings(miniature, one_line):
     assert (folder / "runs/digits/distill/ckpt.pt").read_bytes() == before
 
 
-def test_fresh_sets_the_stage_and_what_was_made_from_it_aside(miniature):
+def test_fresh_sets_the_stage_and_what_was_made_from_it_aside(miniature, output):
     folder, _ = miniature
     shutil.copytree(folder / "runs", folder / "again")
-    out = slimflow("reflow", "--steps", 3, "--batch", 4, "--fresh", "--out", "again", cwd=folder)
-    assert "note: b is still 0.99 after the last step" in out
+    fresh = "reflow", "--batch", 4, "--fresh", "--out", folder / "again"
+    assert "note: b is still 0.99 after the last step" in output(*fresh, "--steps", 3)
     again = folder / "again/digits"
     assert sf.load_checkpoint(again / "reflow/ckpt.pt")["step"] == 3
     assert sf.load_checkpoint(again / "reflow.old1/ckpt.pt")["step"] == 10
     assert (again / "distill.old1").exists() and not (again / "distill").exists()
-    slimflow("reflow", "--steps", 2, "--batch", 4, "--fresh", "--out", "again", cwd=folder)
+    output(*fresh, "--steps", 2)
     assert sf.load_checkpoint(again / "reflow.old1/ckpt.pt")["step"] == 10
     assert sf.load_checkpoint(again / "reflow.old2/ckpt.pt")["step"] == 3
     assert (again / "pairs").exists()
 
 
-def test_sample_writes_pictures_and_arrays(miniature):
-    folder, _ = miniature
-    ckpt = folder / "runs/digits/distill/ckpt.pt"
-    out = slimflow("sample", "--ckpt", ckpt, "--n", 70, "--npz", "a.npz", "--png", "a.png", cwd=folder)
-    assert "euler" in out and (folder / "a.png").exists()
-    a = np.load(folder / "a.npz")["arr_0"]
+def test_sample_writes_pictures_and_arrays(miniature, tmp_path, monkeypatch, output):
+    ckpt = miniature[0] / "runs/digits/distill/ckpt.pt"
+    monkeypatch.chdir(tmp_path)
+    assert "euler" in output("sample", "--ckpt", ckpt, "--n", 70, "--npz", "a.npz", "--png", "a.png")
+    assert Path("a.png").exists()
+    a = np.load("a.npz")["arr_0"]
     assert a.shape == (70, 8, 8, 1) and a.dtype == np.uint8
-    slimflow("sample", "--ckpt", ckpt, "--n", 70, "--npz", "b.npz", "--seed", 1, cwd=folder)
-    assert (np.load(folder / "b.npz")["arr_0"] != a).any()
+    output("sample", "--ckpt", ckpt, "--n", 70, "--npz", "b.npz", "--seed", 1)
+    assert (np.load("b.npz")["arr_0"] != a).any() and Path("samples.png").exists()
     given = sf.parse(["sample", "--ckpt", str(ckpt), "--solver", "adams", "--steps", "3"])
     assert sf.solver_options(given) == dict(solver="adams", steps=3)
     flow = sf.load_flow(ckpt)
@@ -1645,8 +2404,9 @@ def test_solvers_compares_their_errors(miniature, tmp_path, capsys):
     assert (tmp_path / "errors.png").stat().st_size > 0 and "8 images, against rk45" in out
 
 
-def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
-    out = slimflow("bench", "--batch", 8, "--profile", cwd=tmp_path)
+def test_bench_prints_a_share_of_the_matmul_rate(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    out = output("bench", "--batch", 4, "--profile")
     assert "188,769 parameters" in out and "distance l2" in out
     rows = {line.split("  ")[0]: line.split()[-7:] for line in out.splitlines()[-7:-2]}
     assert list(rows) == ["train", "pairs, per evaluation", "reflow", "distill", "sample, one step"]
@@ -1662,36 +2422,194 @@ def test_bench_prints_a_share_of_the_matmul_rate(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments, line", [
-    ("train --dataset mnist", "argument --dataset: invalid choice: 'mnist'"),
-    ("reflow --student 9.9M", "digits has no student 9.9M; choose from 0.19M"),
-    ("train --steps 0", "argument --steps: '0' is not a whole number of at least 1"),
-    ("train --steps -3", "argument --steps: '-3' is not a whole number of at least 1"),
-    ("train --batch 1.5", "argument --batch: '1.5' is not a whole number of at least 1"),
-    ("train --lr nan", "argument --lr: 'nan' is not a number of at least 0"),
-    ("pairs --n 0", "argument --n: '0' is not a whole number of at least 1"),
-    ("pairs --solver heun", "--steps is for --solver euler, heun and adams, which need it; rk45 takes none"),
-    ("pairs --steps 3", "--steps is for --solver euler, heun and adams, which need it; rk45 takes none"),
-    ("distill --distance l3", "argument --distance: invalid choice: 'l3'"),
-    ("train --guidance 1", "unrecognized arguments: --guidance 1"),
-    ("dance", "argument command: invalid choice: 'dance'"),
-    ("sample", "the following arguments are required: --ckpt"),
-    ("sample --ckpt nowhere.pt", "nowhere.pt does not exist"),
-    ("train --out in_the_way", "in_the_way"),
-    ("train --data-dir nowhere", "nowhere/digits.npz does not exist"),
-    ("train --device tpu", "argument --device: invalid choice: 'tpu'"),
-    ("train --accumulate 3", "a batch of 64 cannot be split over 1 processes x --accumulate 3"),
-    ("pairs --teacher nowhere.pkl", "nowhere.pkl does not exist"),
-    ("pairs --teacher in_the_way", "in_the_way is damaged or no checkpoint"),
-    ("train --dataset ffhq64 --data-dir nowhere", "no images at"),
-    ("train --dataset imagenet64 --data-dir in_the_way", "in_the_way is damaged or no zip of images"),
-    ("eval", "runs/digits holds no finished stage"),
-])  # fmt: skip
-def test_bad_input_gets_one_line(tmp_path, monkeypatch, one_line, arguments, line):
+BAD = """
+dance | argument command: invalid choice: dance {commands}
+--dance | all does not take --dance; see `slimflow.py all --help`
+train 5 | train does not take 5; {help}
+train --dataset mnist | argument --dataset: invalid choice: mnist {datasets}; {help}
+train --dataset | argument --dataset: expected one argument; {help}
+train --datas cifar10 | train does not take --datas cifar10; {help}
+train --out | argument --out: expected one argument; {help}
+train --out in_the_way | in_the_way/digits: Not a directory; {path}
+train --data-dir nowhere | nowhere/digits.npz {missing}
+train --data-dir in_the_way | in_the_way/digits.npz: Not a directory; {path}
+train --data-dir empty | empty/digits.npz {missing}
+train --device tpu | argument --device: invalid choice: tpu (choose from cpu, cuda); {help}
+train --device cuda | --device cuda: torch sees no GPU; use --device cpu, or install torchs CUDA build
+train --seed -1 | argument --seed: -1 {whole}; {help}
+train --seed 1.5 | argument --seed: 1.5 {whole}; {help}
+train --seed one | argument --seed: one {whole}; {help}
+train --steps 0 | argument --steps: 0 {count}; {help}
+train --steps -3 | argument --steps: -3 {count}; {help}
+train --steps 1e3 | argument --steps: 1e3 {count}; {help}
+train --steps ten | argument --steps: ten {count}; {help}
+train --steps 10000000000 | argument --steps: 10000000000 {count}; {help}
+train --batch 1.5 | argument --batch: 1.5 {count}; {help}
+train --batch 0 | argument --batch: 0 {count}; {help}
+train --lr nan | argument --lr: nan {real}; {help}
+train --lr inf | argument --lr: inf {real}; {help}
+train --lr -0.1 | argument --lr: -0.1 {real}; {help}
+train --lr fast | argument --lr: fast {real}; {help}
+train --accumulate 3 | a batch of 64 {split} 1 x 3 parts {divide}
+train --accumulate 0 | argument --accumulate: 0 {count}; {help}
+train --batch 10 --accumulate 4 | a batch of 10 {split} 1 x 4 parts {divide}
+train --log-every 0 | argument --log-every: 0 {log}; {help}
+train --fresh yes | train does not take yes; {help}
+train --guidance 1 | train does not take --guidance 1; it is for distill
+train --anneal 5 | train does not take --anneal 5; it is for reflow
+train --n 10 | train does not take --n 10; it is for pairs, eval, sample, solvers
+train --teacher x.pkl | train does not take --teacher x.pkl; it is for all, pairs, reflow, distill
+train --student 0.19M | train does not take --student 0.19M; it is for all, reflow, distill, bench
+train --distance l2 | train does not take --distance l2; it is for distill, bench
+train --solver euler | train does not take --solver euler; it is for pairs, sample
+train --ckpt x.pt | train does not take --ckpt x.pt; it is for sample, solvers
+train --dataset ffhq64 --data-dir nowhere | {nothing}
+train --dataset ffhq64 --data-dir in_the_way | {here}/in_the_way {images}
+train --dataset ffhq64 --data-dir empty | {here}/empty {no_images}
+train --dataset imagenet64 --data-dir in_the_way | {here}/in_the_way {classes}
+train --dataset cifar10 --data-dir empty --lr | argument --lr: expected one argument; {help}
+all --steps 5 | all does not take --steps 5; it is for train, reflow, distill, pairs, sample
+all --n 5 | all does not take --n 5; it is for pairs, eval, sample, solvers
+all --student 9.9M | digits has no student 9.9M; choose from 0.19M
+all --accumulate 3 | a batch of 64 {split} 1 x 3 parts {divide}
+pairs --n 0 | argument --n: 0 {count}; {help}
+pairs --n many | argument --n: many {count}; {help}
+pairs --solver dopri | argument --solver: invalid choice: dopri {solvers}; {help}
+pairs --solver heun | {solver}
+pairs --solver rk45 --steps 5 | {solver}
+pairs --steps 3 | {solver}
+pairs --steps 0 --solver heun | argument --steps: 0 {count}; {help}
+pairs --lr 1 | pairs does not take --lr 1; it is for train, reflow, distill
+pairs --student 0.19M | pairs does not take --student 0.19M; it is for all, reflow, distill, bench
+pairs --teacher nowhere.pkl | nowhere.pkl {missing}
+pairs --teacher nowhere.pt | nowhere.pt {missing}
+pairs --teacher in_the_way | in_the_way {no_zip}
+pairs --teacher empty | empty: Is a directory; {path}
+pairs --teacher bare.pt | bare.pt {no_entries}
+reflow --student 9.9M | digits has no student 9.9M; choose from 0.19M
+reflow --student 15.7M | digits has no student 15.7M; choose from 0.19M
+reflow --dataset cifar10 --student 0.19M | cifar10 has no student 0.19M; {sizes}
+reflow --anneal -1 | argument --anneal: -1 {whole}; {help}
+reflow --anneal 2.5 | argument --anneal: 2.5 {whole}; {help}
+reflow --anneal-schedule quadratic | argument --anneal-schedule: invalid choice: quadratic {schedules}; {help}
+reflow --anneal 0 --anneal-schedule cosine | --anneal 0 has no schedule; leave out --anneal-schedule
+reflow --guidance 0 | reflow does not take --guidance 0; it is for distill
+reflow --batch 7 --accumulate 2 | a batch of 7 {split} 1 x 2 parts {divide}
+distill --distance l3 | argument --distance: invalid choice: l3 (choose from l2, huber, lpips); {help}
+distill --guidance -1 | argument --guidance: -1 {real}; {help}
+distill --guidance nan | argument --guidance: nan {real}; {help}
+distill --anneal 10 | distill does not take --anneal 10; it is for reflow
+distill --steps 5 5 | distill does not take 5; {help}
+sample | the following arguments are required: --ckpt; {help}
+sample --ckpt | argument --ckpt: expected one argument; {help}
+sample --ckpt nowhere.pt | nowhere.pt {missing}
+sample --ckpt in_the_way | in_the_way {no_zip}
+sample --ckpt empty | empty: Is a directory; {path}
+sample --ckpt bare.pt | bare.pt {no_entries}
+sample --ckpt nowhere.pth | nowhere.pth {missing}
+sample --ckpt nowhere.pkl | nowhere.pkl {missing}
+sample --ckpt bare.pt --png x --npz x | {same}
+sample --ckpt bare.pt --png bare.pt | {same}
+solvers --ckpt bare.pt --png ./bare.pt | {same}
+sample --ckpt bare.pt --n 0 | argument --n: 0 {count}; {help}
+sample --ckpt bare.pt --dataset digits | sample does not take --dataset digits; it is for {runs}, eval, bench
+sample --ckpt bare.pt --out runs | sample does not take --out runs; it is for {runs}, eval
+solvers | the following arguments are required: --ckpt; {help}
+solvers --ckpt nowhere.pt | nowhere.pt {missing}
+solvers --ckpt bare.pt --solver euler | solvers does not take --solver euler; it is for pairs, sample
+eval | runs/digits {unfinished}
+eval --n 0 | argument --n: 0 {count}; {help}
+eval --fresh | eval does not take --fresh; it is for {runs}
+eval --dataset cifar10 --ref a.npz --data-dir b | --ref stands for the images; leave out --data-dir
+eval --ref | argument --ref: expected one argument; {help}
+eval --out in_the_way | in_the_way/digits {unfinished}
+eval --batch 5 | eval does not take --batch 5; it is for train, reflow, distill, bench
+bench --out x | bench does not take --out x; it is for {runs}, eval
+bench --batch 0 | argument --batch: 0 {count}; {help}
+bench --student 9.9M | digits has no student 9.9M; choose from 0.19M
+bench --distance l3 | argument --distance: invalid choice: l3 (choose from l2, huber, lpips); {help}
+bench --seed 1 | bench does not take --seed 1; it is for {runs}, sample, solvers
+bench --dataset mnist | argument --dataset: invalid choice: mnist {datasets}; {help}
+"""
+WORDS = dict(  # parts of the lines above
+    classes="is damaged or no folder or zip of images with a class each {zip}; {mend}",
+    commands="(choose from {runs}, sample, eval, solvers, bench); see `slimflow.py --help`",
+    count="is not a whole number from 1 to 1,000,000,000",
+    log="is not a whole number from 1 to 1,000",
+    datasets="(choose from digits, cifar10, ffhq64, imagenet64)",
+    divide="(processes x --accumulate); choose numbers that divide it",
+    entries="(entries are missing or of other types)",
+    images="is damaged or no folder or zip of images {zip}; {mend}",
+    mend="mend it, or name another --data-dir",
+    missing="does not exist; make it first, or name the right file or folder",
+    no_entries="is damaged or no checkpoint {entries}; name another, or delete it to start over",
+    no_images="is damaged or no folder or zip of images ({kinds}); {mend}",
+    kinds="no .bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp in it",
+    no_zip="is damaged or no checkpoint {zip}; name another, or delete it to start over",
+    nothing="no images at {here}/nowhere; --data-dir takes a folder of images or EDMs zip",
+    path="take another path, or change this one",
+    real="is not a number from 0 to 1,000,000,000",
+    runs="all, train, pairs, reflow, distill",
+    schedules="(choose from linear, cosine, exponential)",
+    same="--ckpt, --png and --npz are the same file; name another",
+    sizes="choose from 27.9M, 15.7M, 7.0M, 3.4M",
+    solver="--steps is for --solver euler, heun and adams, which need it; rk45 takes none",
+    solvers="(choose from euler, heun, adams, rk45)",
+    split="cannot be split into",
+    unfinished="holds no finished stage; run `python slimflow.py all --dataset digits` first, {its}",
+    its="or name its --out",
+    whole="is not a whole number from 0 to 1,000,000,000",
+    zip="(File is not a zip file)",
+)
+
+
+@pytest.mark.parametrize("row", BAD.strip().splitlines())
+def test_bad_input_gets_this_line_and_changes_nothing(tmp_path, monkeypatch, one_line, row):
+    arguments, expected = row.split(" | ")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "in_the_way").write_text("a file")
-    assert line in one_line(*arguments.split())
-    assert (tmp_path / "in_the_way").read_text() == "a file" and not list(tmp_path.rglob("*.pt"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("in_the_way").write_text("a file")
+    Path("empty").mkdir()
+    torch.save({}, "bare.pt")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    known = WORDS | dict(here=tmp_path, help=f"see `slimflow.py {arguments.split()[0]} --help`")
+    while "{" in expected:
+        expected = expected.format(**known)
+    line = one_line(*arguments.split()).replace("'", "")  # of Python's messages versions differ in them
+    assert line == f"slimflow: {expected}\n"
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    made = {path.name for path in after if path not in before and path.suffix != ".lock"}
+    assert made <= {"runs", "lock", *sf.PRESETS} and all(after[path] == before[path] for path in before)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden(monkeypatch, one_line, error):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr(sf, "command", fails)
+    assert one_line("train") == (
+        "slimflow: out of memory; try --accumulate 2 or more, a smaller --n, or another --device\n"
+    )
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        sf.main(["train"])
+
+
+@pytest.mark.parametrize("name", sf.COMMANDS)
+def test_help_shows_defaults_and_an_example_that_parses(name, capsys):
+    with pytest.raises(SystemExit):
+        sf.main([name, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    example = out.split("example: python slimflow.py ")[1]
+    args = sf.parse(example.split())
+    assert args.command == name
+    for flag, takers, options in sf.FLAGS:
+        if name in takers.split() and not options.get("required") and options.get("action") != "store_true":
+            assert re.search(f"{flag} [^-]*(default: |which need it)", out), flag
+    if name == "reflow":
+        assert "optimizer steps; default: 1,100 (digits), 800,000 (cifar10 ffhq64 imagenet64)" in out
+        assert "default: 250 (digits), 300,000 (cifar10" in out and "80.7M (imagenet64)" in out
 
 
 def test_bad_checkpoints_get_one_line_and_stay_as_they_are(miniature, tmp_path, one_line):
@@ -1722,9 +2640,9 @@ class EvalWhenLoaded:
         return eval, (f"open({str(HERE / 'pwned')!r}, 'w')",)
 
 
-def test_exploding_loss_is_reported_with_its_step(tmp_path):
-    line = slimflow("train", "--steps", 60, "--batch", 4, "--lr", 1e30, cwd=tmp_path, status=2)
-    assert "train: loss or gradient is not finite at step" in line and "--lr" in line
+def test_exploding_loss_is_reported_with_its_step(tmp_path, one_line):
+    line = one_line("train", "--steps", 60, "--batch", 4, "--lr", 1e9, "--out", tmp_path / "runs")
+    assert "train: loss, gradient or weights are not finite at step" in line and "--lr" in line
     assert not (tmp_path / "runs/digits/train/ckpt.pt").exists()
 
 
