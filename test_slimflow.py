@@ -2673,3 +2673,17 @@ def test_toy_draws_its_pictures(tmp_path, monkeypatch, capsys):
     assert min((tmp_path / name).stat().st_size for name in ("toy2d.png", "toy2d.gif")) > 10_000
     table = capsys.readouterr().out.splitlines()[-4:-1]
     assert [line.split()[0] for line in table] == ["1-flow", "2-flow", "student"]
+
+
+def test_toy_answers_bad_input_with_one_line(tmp_path, monkeypatch):
+    for flags, line in (
+        (["--target", "cat"], "argument --target: invalid choice: 'cat'"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 to 1,000,000,000"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["toy2d.py", *flags])
+        with pytest.raises(sf.Fault, match=line):
+            toy2d.main()
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(HERE / "toy2d.py"), "--out", "file"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "toy2d: [Errno 17] File exists: 'file'\n"

@@ -6,8 +6,8 @@ Draws toy2d.png (random pairs, then each stage's paths, side by side) and toy2d.
 prints how straight the paths are and how far the samples are from the target. Losses and solvers: slimflow's.
 """
 
-import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +15,9 @@ from torch import nn
 
 from slimflow import (
     DISTANCES,
+    WHOLE,
+    Fault,
+    Parser,
     Schedule,
     anneal_beta,
     annealed_noise,
@@ -162,11 +165,12 @@ def draw_particles(path, stages, target, frames=40):
 
 def main():
     """Train, measure, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(prog="toy2d.py", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, default="8gaussians", help="default: 8gaussians")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=WHOLE, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures; default: this one")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     teacher, small, student = train_all(TARGETS[args.target], args.seed)
     torch.manual_seed(args.seed + 1)
     noise, target = torch.randn(10_000, 2), TARGETS[args.target](10_000)
@@ -188,4 +192,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Fault, OSError) as error:
+        print(f"toy2d: {error}", file=sys.stderr)
+        sys.exit(2)
