@@ -965,12 +965,14 @@ def whole(tmp_path_factory):
 
 
 TINY = """
-import sys
+import sys, time
 from pathlib import Path
 import slimflow as sf, test_slimflow as tests
 
 sf.SAVE_EVERY, sf.SAMPLE_BATCH = 0, 20  # saved at every step
 sf.PRESETS["digits"] = tests.tiny_run(Path()).preset
+work = sf.sample
+sf.sample = lambda *args, **options: time.sleep(0.1) or work(*args, **options)  # pairs, too, take their time
 sys.exit(sf.main())
 """
 
