@@ -798,7 +798,7 @@ def out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 @contextlib.contextmanager
-def faults(path, what, remedy="name another, or delete it to start over"):
+def faults(path, what, remedy="name another file, or start its stage over with --fresh"):
     """Turn whatever goes wrong while a file is read, where a damaged one can fail anywhere, into a Fault."""
     try:
         with warnings.catch_warnings():
@@ -1402,12 +1402,16 @@ def pairs(run):
     preset, folder = run.preset, run.folder / "pairs"
     teacher = load_teacher(run)
     settings = dict(pairs=preset.pairs, solver=preset.solver, seed=run.seed, teacher=run.teacher)
-    settings |= dict(weights=checksum(teacher))
+    settings |= dict(teacher_weights=checksum(teacher))
     note, parts = folder / "settings.json", folder / "parts"
-    if note.exists() and pair_settings(run) != settings:
-        raise Fault(f"{folder} was begun with other settings, see {note}; use --fresh or another --out")
-    if result(run, "pairs").exists():
-        print(f"pairs      {preset.pairs:,} pairs are complete, see {folder}")
+    path = result(run, "pairs")
+    if path.exists() or note.exists():
+        made = pair_settings(run)
+        other = [name for name, value in settings.items() if made.get(name) != value]
+        if other:
+            raise Fault(f"{folder} was begun with another {', '.join(other)}, see {note}; use pairs --fresh")
+    if path.exists():
+        print(f"pairs      {len(load_pair_rows(run, path)):,} pairs are complete, see {folder}")
         return
     if RANK == 0:
         save_safely(note, lambda file: file.write(json.dumps(settings).encode()))
@@ -1429,7 +1433,7 @@ def pairs(run):
     if RANK == 0:
         made = (load_pair_rows(run, parts / f"{start}.npy", "delete it") for start in starts)
         save_grid(folder / "samples.png", torch.from_numpy(load_pair_rows(run, parts / "0.npy")["data"][:64]))
-        write_npy(result(run, "pairs"), pair_dtype(preset), preset.pairs, made)
+        write_npy(path, pair_dtype(preset), preset.pairs, made)
         shutil.rmtree(parts)
 
 def pair_settings(run):
@@ -1562,11 +1566,16 @@ def run_stages(run, last, asked=False):
     for name in todo:
         STAGES[name](run)
         barrier()
-    names = list(STAGES)
-    later = [name for name in names[names.index(last) + 1 :] if result(run, name).exists()]
-    older = [name for name in later if result(run, name).stat().st_mtime < result(run, last).stat().st_mtime]
-    if older:
-        print(f"note: {', '.join(older)} in {run.folder} were made before this; --fresh makes them anew")
+    note_age(run)
+
+def note_age(run):
+    """Say which stages are older than what they were made from."""
+    ages = {name: result(run, name).stat().st_mtime for name in STAGES if result(run, name).exists()}
+    for name, age in ages.items():
+        inputs = () if name == "pairs" and run.teacher else INPUTS[name]
+        newer = [need for need in inputs if ages.get(need, 0) > age]
+        if newer:
+            print(f"note: {name} is older than {' and '.join(newer)}; `{name} --fresh` makes it anew")
 
 @contextlib.contextmanager
 def set_aside(run, first):
@@ -1727,6 +1736,7 @@ def evaluate(run, given=None):
         half = f"{halves_distance(features(images)):.2f}"
         table.append(("real half/half", "", "", "", half, f"{len(images) // 2:,}", "", ""))
     print_table(table)
+    note_age(run)
     draw_summary(run.folder / "summary.png", strips)
     print(f"{distance} against {given or f'{len(images):,} real images'}; picture: {run.folder}/summary.png")
 
@@ -1990,11 +2000,15 @@ def changed(preset, args):
 
 def solver_options(args):
     """--solver and --steps as keyword arguments of `sample`."""
-    if args.solver not in (None, "rk45") and args.steps:
-        return dict(solver=args.solver, steps=args.steps)
-    if args.solver == "rk45" and not args.steps:
+    if args.solver == "rk45":
+        if args.steps:
+            raise Fault("--solver rk45 chooses its steps itself; leave out --steps")
         return RK45
-    raise Fault("--steps is for --solver euler, heun and adams, which need it; rk45 takes none")
+    if not args.solver:
+        raise Fault("--steps needs --solver euler, heun or adams beside it")
+    if not args.steps:
+        raise Fault(f"--solver {args.solver} needs --steps, for instance --steps 20")
+    return dict(solver=args.solver, steps=args.steps)
 
 def default_solver(flow):
     """One step for what was distilled, EDM's own sampler for its networks, else the authors' RK45."""
@@ -2021,6 +2035,7 @@ def sample_command(args):
     if args.npz:
         array = images.permute(0, 2, 3, 1).numpy()
         save_safely(Path(args.npz), lambda file: np.savez(file, arr_0=array))
+        print(f"{args.npz}: {len(images)} images")
 
 def solvers_command(args):
     """Error of each solver, the root mean square over all pixels, against its evaluations."""
@@ -2054,6 +2069,8 @@ def refuse_contradictions(args):
         raise Fault("--anneal 0 has no schedule; leave out --anneal-schedule")
     if {"ref", "data_dir"} <= given and args.dataset != "digits":
         raise Fault("--ref stands for the images; leave out --data-dir")
+    if "teacher" in given and not Path(args.teacher).exists():
+        raise Fault(f"{args.teacher} does not exist; name the right file")
     files = [Path(getattr(args, name)).resolve() for name in ("ckpt", "png", "npz") if name in given]
     if len({*files}) < len(files):
         raise Fault("--ckpt, --png and --npz are the same file; name another")
@@ -2127,7 +2144,7 @@ def main(argv=None):
             raise
         message, status = "out of memory; try --accumulate 2 or more, a smaller --n, or another --device", 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command without --fresh continues from what is saved", 130
+        message, status = "interrupted; the same command without --fresh goes on from what was saved", 130
     if sys.stdout.isatty():
         print()  # end the live line
     if not store or store.add("failed", 1) == 1:  # of several processes, the first to fail speaks

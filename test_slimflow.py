@@ -785,7 +785,7 @@ def test_interrupted_pairs_go_on_where_they_stopped(tmp_path, monkeypatch):
         patch.setattr(sf, "sample", interrupted)
         sf.pairs(parts)
     assert not sf.finished(parts, "pairs") and len(list((parts.folder / "pairs/parts").iterdir())) == 2
-    with pytest.raises(sf.Fault, match=r"begun with other settings, see .*settings.json; use --fresh"):
+    with pytest.raises(sf.Fault, match=r"begun with another seed, see .*settings.json; use pairs"):
         sf.pairs(replace(parts, seed=1))
     sf.pairs(parts)
     assert (stored(parts) == stored(whole)).all() and not (parts.folder / "pairs/parts").exists()
@@ -1174,7 +1174,8 @@ def test_pairs_of_two_teachers_are_not_mixed(tmp_path, whole, monkeypatch):
     pairs.unlink()
     longer = replace(run, preset=replace(run.preset, train=replace(run.preset.train, steps=13)))
     sf.run_stages(longer, "train", asked=True)
-    with pytest.raises(sf.Fault, match=r"pairs was begun with other settings, see .*json; use --fresh"):
+    match = r"pairs was begun with another teacher_weights, see .*json; use pairs --fresh"
+    with pytest.raises(sf.Fault, match=match):
         sf.pairs(run)
     shutil.rmtree(pairs.parent)
     parts.mkdir(parents=True)
@@ -1186,6 +1187,11 @@ def test_pairs_of_two_teachers_are_not_mixed(tmp_path, whole, monkeypatch):
         sf.pairs(run)
     (parts / "40.npy").unlink()
     sf.pairs(run)
+    whole_file = pairs.read_bytes()
+    pairs.write_bytes(whole_file[:1000])
+    with pytest.raises(sf.Fault, match=r"pairs.npy is damaged or no file of pairs"):
+        sf.pairs(run)
+    pairs.write_bytes(whole_file)
     rows = stored(run)
     assert len(rows) == 300 and not parts.exists()
     rows["noise"][0] = math.nan
@@ -2317,7 +2323,7 @@ def test_ctrl_c_ends_with_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "slimflow: interrupted; the same command without --fresh continues from what is saved\n"
+    assert error == "slimflow: interrupted; the same command without --fresh goes on from what was saved\n"
 
 
 @pytest.fixture
@@ -2339,7 +2345,8 @@ def test_finished_stage_says_so_and_more_steps_continue_it(miniature, output):
     assert (runs / "digits/train/ckpt.pt").read_bytes() == before
     shutil.copytree(runs, more)
     out = output("train", "--steps", 14, "--batch", 16, "--out", more)
-    assert "12/14 steps  continues from" in out and "note: pairs, reflow, distill" in out
+    assert "12/14 steps  continues from" in out
+    assert "note: pairs is older than train; `pairs --fresh` makes it anew" in out and out.count("note:") == 1
     assert "14/14 steps  is complete" in output("train", "--steps", 14, "--batch", 16, "--out", more)
     same = "--batch", 16, "--guidance", 0.5, "--distance", "huber", "--out", runs
     out = output("distill", "--steps", 2, *same)
@@ -2477,14 +2484,15 @@ all --accumulate 3 | a batch of 64 {split} 1 x 3 parts {divide}
 pairs --n 0 | argument --n: 0 {count}; {help}
 pairs --n many | argument --n: many {count}; {help}
 pairs --solver dopri | argument --solver: invalid choice: dopri {solvers}; {help}
-pairs --solver heun | {solver}
-pairs --solver rk45 --steps 5 | {solver}
-pairs --steps 3 | {solver}
+pairs --solver heun | --solver heun needs --steps, for instance --steps 20
+pairs --solver rk45 --steps 5 | --solver rk45 chooses its steps itself; leave out --steps
+pairs --steps 3 | --steps needs --solver euler, heun or adams beside it
 pairs --steps 0 --solver heun | argument --steps: 0 {count}; {help}
 pairs --lr 1 | pairs does not take --lr 1; it is for train, reflow, distill
 pairs --student 0.19M | pairs does not take --student 0.19M; it is for all, reflow, distill, bench
-pairs --teacher nowhere.pkl | nowhere.pkl {missing}
-pairs --teacher nowhere.pt | nowhere.pt {missing}
+pairs --teacher nowhere.pkl | nowhere.pkl does not exist; name the right file
+pairs --teacher nowhere.pt | nowhere.pt does not exist; name the right file
+distill --teacher nowhere.pkl | nowhere.pkl does not exist; name the right file
 pairs --teacher in_the_way | in_the_way {no_zip}
 pairs --teacher empty | empty: Is a directory; {path}
 pairs --teacher bare.pt | bare.pt {no_entries}
@@ -2544,10 +2552,11 @@ WORDS = dict(  # parts of the lines above
     images="is damaged or no folder or zip of images {zip}; {mend}",
     mend="mend it, or name another --data-dir",
     missing="does not exist; make it first, or name the right file or folder",
-    no_entries="is damaged or no checkpoint {entries}; name another, or delete it to start over",
+    no_entries="is damaged or no checkpoint {entries}; {other}",
+    other="name another file, or start its stage over with --fresh",
     no_images="is damaged or no folder or zip of images ({kinds}); {mend}",
     kinds="no .bmp .gif .jpeg .jpg .png .ppm .tif .tiff .webp in it",
-    no_zip="is damaged or no checkpoint {zip}; name another, or delete it to start over",
+    no_zip="is damaged or no checkpoint {zip}; {other}",
     nothing="no images at {here}/nowhere; --data-dir takes a folder of images or EDMs zip",
     path="take another path, or change this one",
     real="is not a number from 0 to 1,000,000,000",
@@ -2555,7 +2564,6 @@ WORDS = dict(  # parts of the lines above
     schedules="(choose from linear, cosine, exponential)",
     same="--ckpt, --png and --npz are the same file; name another",
     sizes="choose from 27.9M, 15.7M, 7.0M, 3.4M",
-    solver="--steps is for --solver euler, heun and adams, which need it; rk45 takes none",
     solvers="(choose from euler, heun, adams, rk45)",
     split="cannot be split into",
     unfinished="holds no finished stage; run `python slimflow.py all --dataset digits` first, {its}",
