@@ -1246,16 +1246,20 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None, 
             state |= dict(step=done, steps=schedule.steps, settings=settings)
             state |= dict(rows=torch.tensor(rows, dtype=torch.float64))
             state |= dict(recent=torch.stack(recent).tolist() if recent else [])
-            keep = partial(save_safely, folder / "ckpt.pt", partial(torch.save, state), keep=True)
-            if not last:
-                keep()
-            draw_loss(folder, rows)
-            if picture:
-                save_grid(folder / "samples.png", picture(ema))
-            if last:  # a finished stage is not run again, so its pictures come first
-                keep()
+            save_run(folder, state, rows, picture and partial(picture, ema), last)
             due = time.monotonic() + SAVE_EVERY * max(1, (time.monotonic() - began) / 3)  # at most 5 % of it
     return ema
+
+def save_run(folder, state, rows, picture, last):
+    """Write a run's files, the checkpoint first; at the end last, since a finished stage is not run again."""
+    checkpoint = partial(save_safely, folder / "ckpt.pt", partial(torch.save, state), keep=True)
+    if not last:
+        checkpoint()
+    draw_loss(folder, rows)
+    if picture:
+        save_grid(folder / "samples.png", picture())
+    if last:
+        checkpoint()
 
 def resume(folder, settings, net, ema, optimizer):
     """Load the folder's checkpoint, if any: steps done, rows of the log, losses and norms since the last."""
@@ -1284,7 +1288,8 @@ def resume(folder, settings, net, ema, optimizer):
 def checked_means(recent, ema, done, stage, folder):
     """Means of the last (loss, gradient norm), tensors [2]; Fault if one, or a weight, is not finite."""
     recent = torch.stack(recent).cpu()
-    finite = [*recent.isfinite().all(dim=1).tolist(), all(p.isfinite().all() for p in ema.parameters())]
+    weights = torch.stack([p.isfinite().all() for p in ema.parameters()]).all().item()  # one wait for all
+    finite = [*recent.isfinite().all(dim=1).tolist(), weights]
     if not all(finite):
         first = min(done - len(recent) + finite.index(False) + 1, done)
         saved = folder and (folder / "ckpt.pt").exists()
@@ -1403,8 +1408,7 @@ def pairs(run):
     teacher = load_teacher(run)
     settings = dict(pairs=preset.pairs, solver=preset.solver, seed=run.seed, teacher=run.teacher)
     settings |= dict(teacher_weights=checksum(teacher))
-    note, parts = folder / "settings.json", folder / "parts"
-    path = result(run, "pairs")
+    path, note, parts = result(run, "pairs"), folder / "settings.json", folder / "parts"
     if path.exists() or note.exists():
         made = pair_settings(run)
         other = [name for name, value in settings.items() if made.get(name) != value]
@@ -1419,22 +1423,28 @@ def pairs(run):
     todo = [start for start in starts[RANK::WORLD] if not (parts / f"{start}.npy").exists()]
     report = progress("pairs", len(todo), "batches", min(SAMPLE_BATCH, preset.pairs) * WORLD)
     for done, start in enumerate(todo):
-        n = min(SAMPLE_BATCH, preset.pairs - start)
-        seed_all(run.seed, "pairs", start)
-        noise = torch.randn(n, *preset.shape).half().float()  # as it is stored
-        y = torch.randint(preset.label_dim, (n,)).to(run.device) if preset.label_dim else None
-        data, nfe = sample(teacher, noise.to(run.device), y=y, **preset.solver)
-        batch = np.zeros(n, pair_dtype(preset))
-        batch["noise"], batch["data"] = noise, data.cpu()
-        batch["y"], batch["nfe"] = -1 if y is None else y.cpu(), nfe
+        batch = make_pairs(run, teacher, start)
         save_safely(parts / f"{start}.npy", partial(np.save, arr=batch))
-        report(done + 1, f"{nfe} evaluations each")
+        report(done + 1, f"{batch['nfe'][0]} evaluations each")
     barrier()
     if RANK == 0:
         made = (load_pair_rows(run, parts / f"{start}.npy", "delete it") for start in starts)
         save_grid(folder / "samples.png", torch.from_numpy(load_pair_rows(run, parts / "0.npy")["data"][:64]))
         write_npy(path, pair_dtype(preset), preset.pairs, made)
         shutil.rmtree(parts)
+
+def make_pairs(run, teacher, start):
+    """The batch of pairs that begins with this one, as rows of pairs.npy."""
+    preset = run.preset
+    n = min(SAMPLE_BATCH, preset.pairs - start)
+    seed_all(run.seed, "pairs", start)
+    noise = torch.randn(n, *preset.shape).half().float()  # as it is stored
+    y = torch.randint(preset.label_dim, (n,)).to(run.device) if preset.label_dim else None
+    data, nfe = sample(teacher, noise.to(run.device), y=y, **preset.solver)
+    batch = np.zeros(n, pair_dtype(preset))
+    batch["noise"], batch["data"] = noise, data.cpu()
+    batch["y"], batch["nfe"] = -1 if y is None else y.cpu(), nfe
+    return batch
 
 def pair_settings(run):
     """What `pairs` noted before it began: the solver, the teacher's file (or None), the seed, how many."""
