@@ -2325,7 +2325,9 @@ def test_miniature_pipeline_leaves_all_its_files(miniature):
 
 def test_ctrl_c_ends_with_one_line(tmp_path):
     command = [sys.executable, "-u", str(HERE / "slimflow.py"), "train", "--batch", "8"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a command started with & would ignore it
+    how = dict(cwd=tmp_path, stdout=-1, stderr=-1, text=True, preexec_fn=heed)
+    with subprocess.Popen(command, **how) as process:
         assert process.stdout.readline().startswith("plan: train, into runs/digits")
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
