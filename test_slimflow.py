@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -42,7 +43,8 @@ import slimflow as sf
 import toy2d
 
 HERE = Path(__file__).parent
-
+sys.path.insert(0, str(HERE / "notebooks"))
+import sweeps  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
 # Networks
@@ -2706,3 +2708,123 @@ def test_toy_answers_bad_input_with_one_line(tmp_path, monkeypatch):
     command = [sys.executable, str(HERE / "toy2d.py"), "--out", "file"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr == "toy2d: [Errno 17] File exists: 'file'\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The notebooks, and the experiments behind them
+
+NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
+
+
+def cells(path):
+    """A notebook's cells, each with its source as one text."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [cell | dict(source="".join(cell["source"])) for cell in notebook["cells"]]
+
+
+@pytest.fixture(scope="module")
+def notebook_folder(tmp_path_factory):
+    """The folder in which all of them run, so that they share a teacher."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_and_its_solutions_run(path, notebook_folder, monkeypatch):
+    monkeypatch.chdir(notebook_folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sf, "timed", lambda work, device: (work(), [1.0])[1])  # once instead of six times
+    monkeypatch.setattr(sweeps, "HELD_OUT", 128)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names, pictures = {}, 0
+    for cell in cells(path):
+        code = [cell["source"]]
+        if cell["cell_type"] == "markdown":
+            code = re.findall(r"```python\n(.*?)```", cell["source"], re.DOTALL)
+        for text in code:
+            exec(compile(text, str(path), "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert names["SCALE"] == 1
+            names |= dict(SCALE=0.002, BENCH="digits")
+        pictures += len(plt.get_fignums())
+        plt.close("all")
+    assert pictures >= 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_with_the_outputs_of_one_run(path):
+    code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not {"error", "stderr"} & {output.get("name", output["output_type"]) for output in outputs}
+    assert sum("image/png" in output.get("data", ()) for output in outputs) >= 2
+    assert not re.search(r"/(tmp|home|root|work)/", "".join(map(str, outputs)))
+    text = "".join(cell["source"] for cell in cells(path))
+    assert not re.search(r"@[A-Z]+@", text)
+    assert text.count("<details><summary>Solution</summary>") == text.count("</details>") >= 2
+
+
+def test_there_are_five_notebooks_in_readme_too():
+    linked = re.findall(r"\(notebooks/(\S+\.ipynb)\)", (HERE / "README.md").read_text(encoding="utf-8"))
+    assert sorted(set(linked)) == [path.name for path in NOTEBOOKS] and len(NOTEBOOKS) == 5
+
+
+@pytest.mark.parametrize("name", sweeps.EXPERIMENTS)
+def test_stored_numbers_are_those_of_the_experiments(name):
+    experiment, world = sweeps.EXPERIMENTS[name]
+    if experiment == sweeps.annealing:
+        cases = [(*case, start) for case in world.annealing for start in sweeps.STARTS]
+    elif experiment == sweeps.guidance:
+        hows = "2-flow", "2-flow, two steps", *sweeps.STUDENTS
+        cases = [(pairs, how) for pairs in world.pairs for how in hows]
+    else:
+        nets = [sf.blueprint(sf.DIGITS | dict(model_channels=width)) for width in (8, 12, 16, 24, 32)]
+        sizes = [(net.config["model_channels"], sf.count_parameters(net)) for net in nets]
+        cases = [(*size, network) for size in sizes for network in ("2-flow", "student")]
+    rows = [tuple(row.values()) for row in sweeps.read(name)]
+    wide = 1 + len(cases[0])
+    assert [row[:wide] for row in rows] == [(seed, *case) for seed in range(5) for case in cases]
+    for measured in zip(*(row[wide:] for row in rows)):
+        assert min(measured) > 0 and len(set(measured)) == len(rows)
+
+
+def test_sweep_writes_what_the_notebooks_read(tmp_path):
+    command = [sys.executable, str(HERE / "notebooks/sweeps.py"), "guidance_plane"]
+    command += ["--seeds", "2", "--out", "."]
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run([*command, "--scale", "0.001"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["seed 0: 42 rows", "seed 1: 42 rows"]
+    mine = (tmp_path / "guidance_plane.csv").read_text().splitlines()
+    stored = (HERE / "notebooks/guidance_plane.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in mine] == [line.split(",")[:3] for line in stored[: len(mine)]]
+    done = run([*command, "--scale", "2"])
+    line = "sweeps: argument --scale: '2' is not a number from 0.001 to 1; see `sweeps.py --help`\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_equal_cost_counts_passes():
+    # per image: naive 1 + 2; guided 1 + 2 of the student on each of two batches, and 2 of the 2-flow
+    assert sweeps.equal_cost(800, 0) == 800 and sweeps.equal_cost(800, 1) == 300
+    assert sweeps.equal_cost(800, 1) * (3 + 3 + 2) == 800 * 3
+
+
+def test_experiments_measure_what_they_say():
+    world = types.SimpleNamespace(noise=torch.zeros(2_000, 2), data=torch.ones(2_000, 2))
+    world.data[-sweeps.HELD_OUT :] = 3.0
+
+    def flow(x, t, y=None):
+        return torch.full_like(x, 0.5) * (1 + (t[:, None] >= 0.5))
+
+    assert sweeps.error(world, flow, slice(0, 10)) == 0.5 and sweeps.held_out_error(world, flow) == 2.5
+    assert sf.one_step(sweeps.two_steps_in_one(flow), world.noise)[0].tolist() == [0.75, 0.75]
+    assert sweeps.held_out_loss(world, lambda x, t, y=None: torch.ones_like(x)) == 4
+    assert len(sweeps.first(world, None)[0]) == len(sweeps.first(world, 1_500)[0]) == 2_000 - sweeps.HELD_OUT
+    assert sweeps.first(world, 5)[1].tolist() == [[1.0, 1.0]] * 5
+
+
+def test_comparison_is_made_seed_by_seed():
+    rows = [dict(pairs=8.0, how=how, distance=d) for how, d in zip("aabbcc", (2.0, 4.0, 1.0, 8.0, 1.0, 2.0))]
+    table = sweeps.compare(rows, "how", "a", "pairs")
+    assert table == [("distance / a's", "b", "c"), ("pairs 8", "1.00 (1/2)", "0.50 (2/2)")]
