@@ -2818,7 +2818,7 @@ def test_experiments_measure_what_they_say():
         return torch.full_like(x, 0.5) * (1 + (t[:, None] >= 0.5))
 
     assert sweeps.error(world, flow, slice(0, 10)) == 0.5 and sweeps.held_out_error(world, flow) == 2.5
-    assert sf.one_step(sweeps.two_steps_in_one(flow), world.noise)[0].tolist() == [0.75, 0.75]
+    assert sf.one_step(sweeps.two_steps_in_one(flow), torch.ones(3, 2))[0].tolist() == [1.75, 1.75]
     assert sweeps.held_out_loss(world, lambda x, t, y=None: torch.ones_like(x)) == 4
     assert len(sweeps.first(world, None)[0]) == len(sweeps.first(world, 1_500)[0]) == 2_000 - sweeps.HELD_OUT
     assert sweeps.first(world, 5)[1].tolist() == [[1.0, 1.0]] * 5
@@ -2828,3 +2828,9 @@ def test_comparison_is_made_seed_by_seed():
     rows = [dict(pairs=8.0, how=how, distance=d) for how, d in zip("aabbcc", (2.0, 4.0, 1.0, 8.0, 1.0, 2.0))]
     table = sweeps.compare(rows, "how", "a", "pairs")
     assert table == [("distance / a's", "b", "c"), ("pairs 8", "1.00 (1/2)", "0.50 (2/2)")]
+
+
+def test_runs_of_other_lengths_keep_to_themselves():
+    runs = [sweeps.digits_run(0, n, "runs", scale) for n in (256, 4_096) for scale in (0.1, 1.0)]
+    assert len({run.folder for run in runs}) == 4
+    assert len({(run.preset.train.steps, run.preset.pairs) for run in runs}) == 4
