@@ -2765,9 +2765,10 @@ def test_notebook_is_kept_with_the_outputs_of_one_run(path):
     assert text.count("<details><summary>Solution</summary>") == text.count("</details>") >= 2
 
 
-def test_there_are_five_notebooks_in_readme_too():
-    linked = re.findall(r"\(notebooks/(\S+\.ipynb)\)", (HERE / "README.md").read_text(encoding="utf-8"))
-    assert sorted(set(linked)) == [path.name for path in NOTEBOOKS] and len(NOTEBOOKS) == 5
+def test_readme_links_the_five_notebooks_and_no_missing_file():
+    linked = set(re.findall(r"\]\((?!http)([^)]+)\)", (HERE / "README.md").read_text(encoding="utf-8")))
+    assert all((HERE / path).exists() for path in linked)
+    assert linked >= {f"notebooks/{path.name}" for path in NOTEBOOKS} and len(NOTEBOOKS) == 5
 
 
 @pytest.mark.parametrize("name", sweeps.EXPERIMENTS)

@@ -47,7 +47,6 @@ class Digits:
     def __init__(self, seed, n=16_384, folder="runs/sweeps", scale=1.0):
         self.seed, self.scale, self.run = seed, scale, digits_run(seed, n, folder, scale)
         sf.run_stages(self.run, "pairs")
-        self.teacher = sf.load_teacher(self.run)
         self.noise, self.data, _ = (x if x is None else x.float() for x in sf.load_pairs(self.run))
         self.images, self.labels = sf.load_images(self.run.preset)
         self.features = sf.digit_features(self.run, self.images, self.labels)
@@ -353,7 +352,7 @@ def one_seed(name, scale, seed):
     return [dict(seed=seed) | row for row in experiment(world(seed, scale=scale))]
 
 def write(path, rows):
-    """A CSV file."""
+    """A CSV file of these rows, dicts with the same keys."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
