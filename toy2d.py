@@ -2,8 +2,8 @@
 
 python toy2d.py [--target 8gaussians|moons|spiral|checkerboard]
 
-Draws toy2d.png (random pairs, then each stage's paths, side by side) and toy2d.gif (the same, moving), and
-prints how straight the paths are and how far the samples are from the target. Losses and solvers: slimflow's.
+Draws toy2d.png (random pairs, then the paths of each network, side by side) and toy2d.gif (the same, moving).
+Prints how straight the paths are and how far the samples are from the target.
 """
 
 import math
@@ -13,28 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from slimflow import (
-    DISTANCES,
-    WHOLE,
-    Fault,
-    Parser,
-    Schedule,
-    anneal_beta,
-    annealed_noise,
-    distillation_loss,
-    euler,
-    fit,
-    guidance_loss,
-    print_table,
-    rectified_flow_loss,
-    sample,
-    straightness,
-)
+import slimflow as sf
 
 N_PAIRS, BATCH = 20_000, 512
-TRAIN = Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
-REFLOW = Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
-DISTILL = Schedule(steps=1_500, batch=BATCH, lr=1e-3, warmup=50, decay=0.5, ema=0.995)
+TRAIN = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
+REFLOW = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
+DISTILL = sf.Schedule(steps=1_500, batch=BATCH, lr=1e-3, warmup=50, decay=0.5, ema=0.995)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,34 +67,32 @@ class MLP(nn.Module):
 
 def train_all(draw, seed):
     """The teacher, the small 2-rectified flow by annealing reflow, and the student distilled from it."""
-    torch.manual_seed(seed)
-    distance = DISTANCES["l2"]
 
     def flow_loss(flow, step):
         data = draw(BATCH)
-        return rectified_flow_loss(flow, torch.randn_like(data), data)
+        return sf.rectified_flow_loss(flow, torch.randn_like(data), data)
 
-    teacher = fit(MLP(128), flow_loss, TRAIN, seed, "1-flow")
+    torch.manual_seed(seed)
+    teacher = sf.fit(MLP(128), flow_loss, TRAIN, seed, "teacher")
     torch.manual_seed(seed)
     noise = torch.randn(N_PAIRS, 2)
-    data, _ = sample(teacher, noise, solver="rk45")
+    data, _ = sf.sample(teacher, noise)
 
     def reflow_loss(flow, step):
         i = torch.randint(N_PAIRS, (BATCH,))
-        beta = anneal_beta(step, REFLOW.steps // 3)
-        return rectified_flow_loss(flow, annealed_noise(noise[i], beta), data[i])
+        beta = sf.anneal_beta(step, REFLOW.steps // 3)
+        return sf.rectified_flow_loss(flow, sf.annealed_noise(noise[i], beta), data[i])
 
-    small = fit(MLP(64), reflow_loss, REFLOW, seed, "2-flow")
+    two_flow = sf.fit(MLP(64), reflow_loss, REFLOW, seed, "2-flow")
 
     def distill_loss(student, step):
         i = torch.randint(N_PAIRS, (BATCH,))
-        guidance = guidance_loss(student, small, torch.randn(BATCH, 2), distance)
-        return distillation_loss(student, noise[i], data[i], distance) + guidance
+        stored = sf.distillation_loss(student, noise[i], data[i], sf.l2)
+        return stored + sf.guidance_loss(student, two_flow, torch.randn(BATCH, 2), sf.l2)
 
     student = MLP(64)
-    student.load_state_dict(small.state_dict())
-    student = fit(student, distill_loss, DISTILL, seed, "student")
-    return teacher, small, student
+    student.load_state_dict(two_flow.state_dict())
+    return teacher, two_flow, sf.fit(student, distill_loss, DISTILL, seed, "student")
 
 @torch.no_grad()
 def sliced_wasserstein(a, b, directions=200):
@@ -165,35 +147,32 @@ def draw_particles(path, stages, target, frames=40):
 
 def main():
     """Train, measure, draw."""
-    parser = Parser(prog="toy2d.py", description=__doc__.split("\n")[0])
+    parser = sf.Parser(prog="toy2d.py", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, default="8gaussians", help="default: 8gaussians")
-    parser.add_argument("--seed", type=WHOLE, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures; default: this one")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    teacher, small, student = train_all(TARGETS[args.target], args.seed)
+    teacher, two_flow, student = train_all(TARGETS[args.target], args.seed)
     torch.manual_seed(args.seed + 1)
     noise, target = torch.randn(10_000, 2), TARGETS[args.target](10_000)
     stages = [("random pairs: the lines cross", torch.stack([noise, target]))]
-    rows = [("stage", "weights", "straightness", "NFE", "distance", "1-step distance")]
-    flows = ("1-flow (teacher)", teacher, 100), ("2-flow", small, 100), ("student", student, 1)
-    for name, flow, steps in flows:
-        states = torch.stack([x for _, x in euler(flow, noise, steps)])
-        one = sample(flow, noise, "euler", steps=1)[0]
-        w, w1 = sliced_wasserstein(states[-1], target), sliced_wasserstein(one, target)
-        size = sum(p.numel() for p in flow.parameters())
-        rows.append((name, f"{size:,}", f"{straightness(flow, noise):.4f}", steps, f"{w:.3f}", f"{w1:.3f}"))
+    rows = [("", "weights", "straightness", "evaluations", "distance", "distance in 1 step")]
+    for name, flow, steps in (("teacher", teacher, 100), ("2-flow", two_flow, 100), ("student", student, 1)):
+        states = torch.stack([x for _, x in sf.euler(flow, noise, steps)])
+        many, one = (sliced_wasserstein(x, target) for x in (states[-1], sf.one_step(flow, noise)))
+        bend = sf.straightness(flow, noise)
+        rows.append((name, sf.count_parameters(flow), f"{bend:.4f}", steps, f"{many:.3f}", f"{one:.3f}"))
         stages.append((f"{name}: {steps} Euler step{'s' * (steps > 1)}", states))
-    print_table(rows)
     floor = sliced_wasserstein(TARGETS[args.target](10_000), target)
-    print(f"sliced Wasserstein distances from 10,000 samples; two draws of the target: {floor:.3f}")
+    sf.print_table([*rows, ("floor: two draws of the target", "", "", "", f"{floor:.3f}", "")])
+    print("distances: sliced Wasserstein, of 10,000 samples")
     draw_paths(args.out / "toy2d.png", stages, target)
     draw_particles(args.out / "toy2d.gif", stages, target)
-
 
 if __name__ == "__main__":
     try:
         main()
-    except (Fault, OSError) as error:
+    except (sf.Fault, OSError) as error:
         print(f"toy2d: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,7 @@
 """The long runs behind the notebooks' error bars. Their numbers are kept beside this file.
 
+They are the first edition's: guidance takes both steps by the 2-flow, and the exponential schedule ends at 0.
+
 python notebooks/sweeps.py annealing_plane|annealing_digits|guidance_plane|guidance_digits|sizes_digits
 
 writes notebooks/<experiment>.csv. Two seeds run at a time, each in a process with one thread. The notebooks
@@ -11,6 +13,7 @@ import copy
 import csv
 import io
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -30,9 +33,7 @@ import toy2d  # noqa: E402
 
 HELD_OUT = 1_024  # pairs on which nothing is trained
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Where: a trained teacher and its pairs, how a student is made and trained, how good one step of it is
+# ---- Where: a trained teacher and its pairs, how a student is made and trained, how good one step of it is
 
 class Digits:
     """The digits. Distances: Frechet's, of 5,000 images, as in slimflow's table."""
@@ -46,12 +47,12 @@ class Digits:
 
     def __init__(self, seed, n=16_384, folder="runs/sweeps", scale=1.0):
         self.seed, self.scale, self.run = seed, scale, digits_run(seed, n, folder, scale)
-        sf.run_stages(self.run, "pairs")
-        self.noise, self.data, _ = (x if x is None else x.float() for x in sf.load_pairs(self.run))
-        self.images, self.labels = sf.load_images(self.run.preset)
+        sf.run_stages(self.run, "pairs", {})
+        self.noise, self.data = (x.float() for x in sf.load_pairs(self.run, "pairs")[:2])
+        self.images, self.labels = sf.load_images(self.run)
         self.features = sf.digit_features(self.run, self.images, self.labels)
         self.moments = sf.moments([self.features(self.images)])
-        self.fresh, _ = sf.fixed_noise(self.run, self.run.preset.samples, seed=4321)
+        self.fresh, _ = sf.fixed_noise(self.run, self.run.n, seed=4321)
 
     def draw(self, n):
         """Real images."""
@@ -60,7 +61,7 @@ class Digits:
     def student(self, width):
         """A network with random weights."""
         sf.seed_all(self.seed, "student", 0)
-        return sf.build(self.run.preset.teacher | dict(model_channels=width))
+        return sf.UNet(**self.run.networks["teacher"] | dict(model_channels=width))
 
     def distance(self, flow):
         """Frechet distance between the real images and those that one step makes of fresh noise."""
@@ -75,11 +76,10 @@ class Digits:
 
 def digits_run(seed, n, folder, scale=1.0):
     """A run of slimflow's with a shorter teacher, and n pairs beside those held out."""
-    preset = sf.PRESETS["digits"]
-    teacher = replace(preset.train, steps=round(800 * scale))
-    sizes = dict(pairs=round(n * scale) + HELD_OUT, samples=max(500, round(preset.samples * scale)))
-    folder = Path(folder) / f"digits{seed}-{n}-{scale:g}"
-    return sf.Run(replace(preset, train=teacher, **sizes), folder, seed=seed)
+    run = sf.PRESETS["digits"]
+    sizes = dict(pairs=round(n * scale) + HELD_OUT, n=max(500, round(run.n * scale)))
+    teacher, out = replace(run.train, steps=round(800 * scale)), f"{folder}/{seed}-{n}-{scale:g}"
+    return replace(run, train=teacher, seed=seed, out=out, device="cpu", **sizes)
 
 
 class Plane:
@@ -121,9 +121,7 @@ class Plane:
         n = min(len(self.data), len(self.target))
         return toy2d.sliced_wasserstein(self.data[:n], self.target[:n])
 
-
-# ------------------------------------------------------------------------------------------------------------
-# What is trained
+# ---- What is trained --------------------------------------------------------------------------------------
 
 def quiet_fit(*args, **kwargs):
     """`fit` without its progress."""
@@ -150,17 +148,29 @@ def first(world, pairs):
     """Noise and data of the first so many pairs, or of all; those held out are never among them."""
     return world.noise[:-HELD_OUT][:pairs], world.data[:-HELD_OUT][:pairs]
 
+def beta(step, horizon, name):
+    """b of the annealing; the first edition's exponential schedule is 0 at the horizon, slimflow's is 1/e."""
+    if name != "exponential":
+        return sf.anneal_beta(step, horizon, name)
+    return max(0.0, (math.exp(-5 * step / horizon) - math.exp(-5)) / (1 - math.exp(-5)))
+
 def two_flow(world, steps, anneal=0, b="linear", width=None, pairs=None, start=None):
     """A 2-flow from the weights of `start`, else random ones; b falls to 0 over `anneal` steps, if any."""
     noise, data = first(world, pairs)
 
     def loss(flow, step):
         i = torch.randint(len(noise), (world.batch,))
-        beta = sf.anneal_beta(step, anneal * world.scale, b)
-        return sf.rectified_flow_loss(flow, sf.annealed_noise(noise[i], beta), data[i])
+        mixed = sf.annealed_noise(noise[i], beta(step, anneal * world.scale, b))
+        return sf.rectified_flow_loss(flow, mixed, data[i])
 
     net = copy.deepcopy(start).requires_grad_(True) if start else world.student(width or world.width)
     return quiet_fit(net, loss, schedule(world, steps), world.seed, "two_flow")
+
+def both_steps_loss(student, flow, noise, distance):
+    """Guidance as in the paper's equation: both steps by the 2-flow (slimflow's first is the student's)."""
+    with torch.no_grad():
+        target = sf.two_step(flow, noise, 0.2 + 0.6 * torch.rand(len(noise)))
+    return distance(sf.one_step(student, noise), target).mean()
 
 def distilled(world, flow, steps, weight=0.0, share=1.0, pairs=None, watch=None):
     """A one-step student from a 2-flow, on the first pairs; weight of the guidance, its share of the batch.
@@ -176,7 +186,7 @@ def distilled(world, flow, steps, weight=0.0, share=1.0, pairs=None, watch=None)
         value = sf.distillation_loss(student, noise[i], data[i], world.D)
         if weight:
             fresh = torch.randn(round(share * world.batch), *noise.shape[1:])
-            value = value + weight * sf.guidance_loss(student, flow, fresh, world.D)
+            value = value + weight * both_steps_loss(student, flow, fresh, world.D)
         return value
 
     student = copy.deepcopy(flow).requires_grad_(True)
@@ -199,9 +209,7 @@ def held_out_loss(world, flow):
     losses = [sf.rectified_flow_loss(flow, noise, data, t=t.expand(len(noise))) for t in times]
     return statistics.mean(map(float, losses))
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The experiments: generators of rows
+# ---- The experiments: generators of rows ------------------------------------------------------------------
 
 STARTS = "random", "random, 2/3 of the steps", "1-flow", "linear", "cosine", "exponential"
 
@@ -229,8 +237,12 @@ def annealing(world):
 STUDENTS = {  # weight of the guidance, share of the batch that it takes (and that sets the number of steps)
     "naive": (0, 0),
     "naive, fewer steps": (0, 1),  # as many as guided
-    "guided": (1, 1),  # the paper's
-    "guided a little": (0.1, 0.25),  # the digits preset's
+    "guided": (1, 1),
+    "guided a little": (0.1, 0.25),
+}
+NAMES = {  # of the files' columns and rows, for tables and pictures
+    "guided": "both steps by the 2-flow",
+    "guided a little": "both steps, a little",
 }
 
 def two_steps_in_one(flow):
@@ -278,9 +290,7 @@ EXPERIMENTS = {
     "sizes_digits": (sizes, Digits),
 }
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Files and pictures
+# ---- Files and pictures -----------------------------------------------------------------------------------
 
 def read(name):
     """Rows of notebooks/<name>.csv, numbers as floats."""
@@ -302,11 +312,18 @@ def bars(axes, rows, x, line, y):
         points = [(at, [row[y] for row in some]) for at, some in sorted(group(mine, x).items())]
         means, spreads = ([f(values) for _, values in points] for f in (statistics.mean, statistics.stdev))
         places, style = [at * shift(k) for at, _ in points], dict(marker=MARKERS[k], ms=4, capsize=2, lw=1.2)
-        axes.errorbar(places, means, spreads, color=COLOURS[k], label=name, **style)
+        axes.errorbar(places, means, spreads, color=COLOURS[k], label=NAMES.get(name, name), **style)
     ticks = sorted({row[x] for row in rows})
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    axes.set(xscale="log", yscale="log", xlim=(ticks[0] / 1.2, ticks[-1] * 1.2), xlabel=x, ylabel=y)
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], rotation=30)
     axes.xaxis.minorticks_off()
+
+def strip(axes, name, images):
+    """Digits [n, 1, 8, 8] in [-1, 1] side by side, a name on their left."""
+    row = torch.nn.functional.pad(images[:, 0], (0, 1), value=1.0)  # a white line after each
+    axes.imshow(torch.cat(list(row), dim=1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_ylabel(name, rotation=0, ha="right", va="center")
 
 def shift(k):
     """A factor that keeps the bars of line k from hiding those of others."""
@@ -322,7 +339,7 @@ def compare(rows, column, rival, *case):
     The rows have the seeds in one order.
     """
     others = [name for name in group(rows, column) if name != rival]
-    table = [(f"distance / {rival}'s", *others)]
+    table = [(f"distance / {rival}'s", *(NAMES.get(name, name) for name in others))]
     for values, mine in group(rows, *case).items():
         by_name, cells = group(mine, column), []
         for name in others:
@@ -341,9 +358,7 @@ def group(rows, *columns):
         groups[values if len(columns) > 1 else values[0]].append(row)
     return groups
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line -----------------------------------------------------------------------------------------
 
 def one_seed(name, scale, seed):
     """The rows of one seed."""
@@ -362,11 +377,12 @@ def main():
     """Run an experiment for some seeds and write its file."""
     parser = sf.Parser(prog="sweeps.py", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--seeds", type=sf.number(int, 2), default=5, help="default: 5")
-    share = sf.number(float, 0.001, 1)
-    parser.add_argument("--scale", type=share, default=1.0, help="share of all training; default: 1")
+    parser.add_argument("--seeds", type=int, default=5, help="default: 5")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of all training; default: 1")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the file; default: this script's")
     args = parser.parse_args()
+    if args.seeds < 2 or not 0.001 <= args.scale <= 1:
+        parser.error("--seeds takes 2 or more, --scale a share from 0.001 to 1")
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
