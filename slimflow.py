@@ -8,7 +8,7 @@ commands, the first four being the stages of the method:
   pairs    solve the teacher's ODE dx/dt = v(x, t) precisely, from each z to its x, and keep (z, x)
   reflow   the same loss for a small student on (z', x), z' = sqrt(1-b^2) z + b e, b annealed from 1 to 0
   distill  min E D(one step from z, x) on stored pairs + E D(one step, guided target) on fresh noise
-  all      these four on a data set (the default: 8x8 digits, minutes on a laptop), then eval
+  all      these four, then eval (the default: on 8x8 digits, minutes on a laptop; with a naive student)
   eval     table and picture of the networks that are there
   sample   images from a checkpoint
   bench    speed of each stage on this machine
@@ -93,8 +93,8 @@ def guidance_loss(student, flow, noise, distance, t=None, y=None):
     """Mean of D(z + s(z, T0), X) over fresh noise z, with t ~ U(0.2, 0.8) if None, as the authors run it.
 
     From m = z + t s(z, T0) on the student's own straight line the frozen 2-flow takes the second step, to
-    X = m + (1 - t) v(m, t), without gradient. With l2 the loss is (1 - t)^2 |v(m, t) - s|^2: the student's
-    velocity should be the 2-flow's everywhere on its line.
+    X = m + (1 - t) v(m, t), without gradient. With l2 the loss is (1 - t)^2 |v(m, t) - s|^2, its gradient is
+    that of (1 - t) |v - s|^2 with v held fixed: along its line the student's velocity should be the 2-flow's.
     """
     if t is None:
         t = 0.2 + 0.6 * torch.rand(len(noise), device=noise.device)
@@ -287,8 +287,7 @@ class UNet(nn.Module):
         adm, c, c_emb, skips = kind == "adm", model_channels, 4 * model_channels, []
         sizes = [resolution >> level for level in range(len(channel_mult))]
         levels = [(f"{n}x{n}", n in attn_resolutions, c * mult) for n, mult in zip(sizes, channel_mult)]
-        def block(c_in, c_out, **options):
-            return Block(c_in, c_out, c_emb, kind, dropout, **options)
+        block = partial(Block, c_emb=c_emb, kind=kind, dropout=dropout)
         self.map_layer0, self.map_layer1 = nn.Linear(c, c_emb), nn.Linear(c_emb, c_emb)
         if label_dim:
             self.map_label = nn.Linear(label_dim, c_emb if adm else c, bias=not adm)
@@ -526,11 +525,11 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A preset (Section 9) with what the command line asks for. A field with a help text is a flag."""
-    dataset: str = flag("preset, see the values in [ ]", COMMANDS, "digits", DATASETS)
+    dataset: str = flag("preset; below, [ ] has the values of the presets", COMMANDS, "digits", DATASETS)
     shape: tuple  # of an image, (C, H, W)
     label_dim: int = 0  # number of classes, 0 if unconditional
     networks: dict  # arguments of `UNet` for "teacher" and for each student's size
-    student: str = flag("size of the student", f"{RUNS} bench")
+    student: str = flag("size of the student, such as 15.7M", f"{RUNS} bench")
     teacher: str | None = flag("EDM's .pkl or a ckpt.pt, in place of train", "all pairs reflow distill", None)
     train: Schedule
     reflow: Schedule
@@ -556,6 +555,9 @@ class Run:
     @property
     def folder(self):  # of the stages' folders
         return Path(self.out) / self.dataset
+    @property
+    def naive(self):  # as distill, without guidance, at equal cost: 3 forward passes a step, a guided one 7
+        return replace(self.distill, steps=self.distill.steps * 7 // 3)
 
 def train(run):
     """Stage 1: the teacher, a rectified flow on independent noise and data."""
@@ -591,22 +593,23 @@ def reflow(run):
     settings = dict(student=run.student, anneal=run.anneal, anneal_schedule=run.anneal_schedule)
     fit_stage(run, "reflow", run.networks[run.student], loss, ONE_STEP, settings)
 
-def distill(run):
-    """Stage 4: flow-guided distillation, from the 2-flow's weights to the one-step generator."""
+def distill(run, stage="distill"):
+    """Stage 4: flow-guided distillation, from the 2-flow's weights; stage "naive" leaves out the guidance."""
     flow = load_flow(run.folder / "reflow/ckpt.pt", run.device)
-    if run.targets == "2-flow":  # its own pairs, as in the poster; the authors' README takes the teacher's
+    if run.targets == "2-flow" and stage == "distill":  # its own: poster; the authors' README: teacher's
         write_pairs(run, "distill", flow)
     stored = load_pairs(run, "distill" if run.targets == "2-flow" else "pairs")
     distance = DISTANCES[run.distance]
     def loss(student, step):
         noise, data, y = draw_batch(run, run.distill, stored)
         value = distillation_loss(student, noise, data, distance, y)
-        if run.guidance:  # as much fresh noise as the batch, and the 2-flow's averaged weights (authors: raw)
+        if stage == "distill" and run.guidance:  # on as much fresh noise; authors: the 2-flow's raw weights
             value += run.guidance * guidance_loss(student, flow, torch.randn_like(noise), distance, y=y)
         return value
 
-    settings = dict(guidance=run.guidance, distance=run.distance, targets=run.targets)
-    fit_stage(run, "distill", flow.config, loss, ONE_STEP, settings, start=flow)
+    settings = dict(distance=run.distance, targets=run.targets)
+    settings |= dict(guidance=run.guidance) if stage == "distill" else {}
+    fit_stage(run, stage, flow.config, loss, ONE_STEP, settings, start=flow)
 
 def fit_stage(run, stage, config, loss_fn, solver, settings, start=None):
     """`fit` by the run's schedule, from random weights or those of `start`; pictures by the solver."""
@@ -689,7 +692,7 @@ def new_rows(path, columns, n):
         raise Fault(f"no room for {n:,} rows in {path}: {error.strerror}") from error
     return rows
 
-STAGES = {"train": train, "pairs": pairs, "reflow": reflow, "distill": distill}
+STAGES = dict(train=train, pairs=pairs, reflow=reflow, distill=distill, naive=partial(distill, stage="naive"))
 
 def status(run, stage):
     """Steps (or pairs) that a stage has done, its schedule and its settings; without a file none."""
@@ -706,18 +709,22 @@ def status(run, stage):
 
 def run_stages(run, command, given):
     """Run a stage and those before it, where not finished; Fault if a file was not made as `given`."""
-    if not (run.teacher or run.fresh or command == "train"):  # whoever made the pairs
-        run = replace(run, teacher=status(run, "pairs")[2].get("teacher"))
+    if not (run.teacher or command == "train" or (run.fresh and command in ("all", "pairs"))):
+        run = replace(run, teacher=status(run, "pairs")[2].get("teacher"))  # whoever made the pairs
     names, last = list(STAGES)[bool(run.teacher) :], "distill" if command == "all" else command
     anew = names[0 if command == "all" else names.index(command) :] if run.fresh else []
     todo, finished = [], False
     for stage in reversed(names[: names.index(last) + 1]):
         done, schedule, made = (0, dict(steps=1), {}) if stage in anew else status(run, stage)
-        refuse_other_settings(run.folder / stage, made, given)
-        finished = finished or (done >= schedule["steps"] and not isinstance(given.get(stage), Schedule))
+        asked = getattr(given.get(stage), "__dict__", {})  # of a Schedule
+        refuse_other_settings(run.folder / stage, made, given | asked)
+        finished = finished or done >= asked.get("steps", schedule["steps"])
         todo = todo if finished else [stage, *todo]
         if done and stage != "pairs" and stage not in given:  # it goes on as it began
             run = replace(run, **{stage: Schedule(**schedule)})
+        run = replace(run, **{k: made[k] for k in ("guidance", "distance", "targets") if k in made})
+    if command == "all" and run.dataset == "digits" and run.guidance:
+        todo += ["naive"] if "naive" in anew or status(run, "naive")[0] < run.naive.steps else []
     if "distill" in todo and run.distance == "lpips":  # what can fail should fail before days of work
         lpips_network(run.device)
     if command == "all" and run.dataset != "digits" and WORLD == 1:
@@ -728,7 +735,7 @@ def run_stages(run, command, given):
         print(f"{last} is finished, see {run.folder / last}; --fresh starts it over")
     elif RANK == 0:
         plan = " -> ".join(f"{stage} ({timedelta(seconds=round(speed(run, stage)[1]))})" for stage in todo)
-        print(f"plan, with estimates: {plan}, into {run.folder}, on {WORLD} x {run.device}", flush=True)
+        print(f"plan, with rough estimates: {plan}, into {run.folder}, on {WORLD} x {run.device}", flush=True)
     if RANK == 0 and "train" in todo:
         load_images(run)  # makes the files for all processes
     barrier()
@@ -926,15 +933,14 @@ def count_parameters(net):
 def count_macs(net, shape):
     """Multiply-accumulates of all convolutions and linear layers for one image of shape (C, H, W)."""
     from torch.utils.flop_counter import FlopCounterMode  # here and below: imported late, for a quick start
-    device = next(net.parameters()).device
     with FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, *shape, device=device), torch.full((1,), 0.5, device=device))
+        velocity(net, torch.zeros(1, *shape, device=next(net.parameters()).device), 0.5)
     aten, flops = torch.ops.aten, counter.get_flop_counts()["Global"]  # bmm, in the attention, does not count
     return sum(flops.get(op, 0) for op in (aten.convolution, aten.addmm, aten.mm)) // 2
 
-def digit_features(run, images, labels):
-    """A function uint8 [n, 1, 8, 8] -> [n, 64]: features of a digit classifier, trained here by seed 0."""
-    seed_all(0, "classifier, weights", 0)
+def digit_features(run, images, labels, seed=0):
+    """A function uint8 [n, 1, 8, 8] -> [n, 64]: features of a digit classifier, trained here."""
+    seed_all(seed, "classifier, weights", 0)
     layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()]
     layers += [nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)]
     net = nn.Sequential(*layers).to(run.device)
@@ -943,7 +949,7 @@ def digit_features(run, images, labels):
         pictures, y = draw_batch(run, schedule, (images, labels))
         data = to_float(pictures)
         return F.cross_entropy(net(data + 0.1 * torch.randn_like(data)), y)
-    features = fit(net, loss, schedule, 0, "classifier")[:6]
+    features = fit(net, loss, schedule, seed, "classifier")[:6]
     return torch.no_grad()(lambda pictures: features(to_float(pictures)))
 
 def inception_features(device):
@@ -963,18 +969,21 @@ def lpips_network(device):
 def generate(flow, noise, y, solver):
     """Images for any number of noises [N, C, H, W], SAMPLE_BATCH at a time: yields them as uint8."""
     classes = itertools.repeat(None) if y is None else y.split(SAMPLE_BATCH)
-    for z, c in zip(noise.split(SAMPLE_BATCH), classes):
+    batches, report = noise.split(SAMPLE_BATCH), progress("images", 0, len(noise), unit="images")
+    for done, (z, c) in enumerate(zip(batches, classes), 1):
         yield to_uint8(sample(flow, z, y=c, **solver)[0])
+        report(min(done * SAMPLE_BATCH, len(noise)))
 
 def evaluate(run):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
-    done, schedule, made = status(run, "pairs")
-    teacher, two_flow, student = (run.folder / stage / "ckpt.pt" for stage in ("train", "reflow", "distill"))
-    teacher = Path(made.get("teacher") or teacher)
+    done, _, made = status(run, "pairs")
     guided = "guided" if status(run, "distill")[2].get("guidance") else "naive"
-    rows = [("teacher, precise", teacher, made["solver"])] if done == schedule["steps"] else []
-    rows += [("teacher, 1 step", teacher, ONE_STEP), ("2-flow, 1 step", two_flow, ONE_STEP)]
-    rows = [row for row in [*rows, (f"{guided}, 1 step", student, ONE_STEP)] if row[1].exists()]
+    names = dict(train="teacher", reflow="2-flow", naive="naive", distill=guided)
+    paths = {name: run.folder / stage / "ckpt.pt" for stage, name in names.items()}
+    paths["teacher"] = Path(made.get("teacher") or paths["teacher"])
+    rows = [("teacher, precise", paths["teacher"], made["solver"])] if made else []
+    rows += [(f"{name}, 1 step", path, ONE_STEP) for name, path in paths.items()]
+    rows = [row for row in rows if row[1].exists()]
     if not rows:
         raise Fault(f"{run.folder} holds no network; run `python slimflow.py all` first, or name its --out")
     digits = run.dataset == "digits"  # its classifier replaces Inception
@@ -992,9 +1001,8 @@ def evaluate(run):
         flow = load_network(path, run.device)
         generated = generate(flow, noise, y, solver)
         if "precise" in name and done >= run.n:  # the stored pairs are such images
-            stored = np.load(run.folder / "pairs/pairs.npy", mmap_mode="c")["data"][: run.n]
-            batches = torch.from_numpy(stored).split(SAMPLE_BATCH)
-            generated = (to_uint8(x.to(run.device).float()) for x in batches)
+            stored = torch.from_numpy(np.load(run.folder / "pairs/pairs.npy", mmap_mode="c")["data"][: run.n])
+            generated = (to_uint8(x.to(run.device).float()) for x in stored.split(SAMPLE_BATCH))
         distance = frechet_distance(*moments(map(features, generated)), *real)
         picture, nfe = sample(flow, few, y=few_y, **solver)
         sizes = f"{count_parameters(flow):,}", f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
@@ -1007,8 +1015,7 @@ def evaluate(run):
         bias = (1 / run.n + 1 / len(images)) / sum(1 / len(half) for half in halves[0])
         table.append(("floor", "", "", "", f"{distance * bias:.2f}", ""))
     print_table(table)
-    pictures, texts = zip(*strips)
-    save_pictures(run.folder / "summary.png", torch.cat(pictures), 12, texts)
+    save_pictures(run.folder / "summary.png", torch.cat([x for x, _ in strips]), 12, [s for _, s in strips])
     print(f"{run.n:,} images against {run.ref or f'{len(images):,} real ones'}; see {run.folder}/summary.png")
 
 def print_table(rows):
@@ -1020,10 +1027,8 @@ def print_table(rows):
 def save_pictures(path, images, columns=8, labels=()):
     """A PNG of images [N, C, H, W] in [-1, 1] side by side, small ones enlarged; a label beside each row."""
     from matplotlib.figure import Figure
-    x = to_uint8(images.float().cpu()).expand(-1, 3, -1, -1)
-    x = F.pad(F.interpolate(x, scale_factor=max(1, 64 // x.shape[-1])), (2, 2, 2, 2), value=255)
-    x = F.pad(x, (0, 0) * 3 + (0, -len(x) % columns), value=255)  # white images complete the last row
-    picture = torch.cat([torch.cat(list(row), dim=2) for row in x.split(columns)], dim=1).permute(1, 2, 0)
+    x = F.interpolate(to_uint8(images.float().cpu()), scale_factor=max(1, 64 // images.shape[-1]))
+    picture = import_optional("torchvision.utils").make_grid(x, columns, 4, pad_value=255).permute(1, 2, 0)
     height, width, margin = *picture.shape[:2], 150 if labels else 0
     figure = Figure(figsize=((margin + width) / 100, height / 100), dpi=100)
     axes = figure.add_axes((margin / (margin + width), 0, width / (margin + width), 1))
@@ -1035,8 +1040,10 @@ def save_pictures(path, images, columns=8, labels=()):
 
 def sample_images(run, steps):
     """Write samples.png, up to 64 images by the network of a file, and all of them to --npz."""
-    flow = load_network(run.ckpt or run.folder / "distill/ckpt.pt", run.device)
-    usual = ONE_STEP if getattr(flow, "stage", None) == "distill" else dict(solver="rk45")
+    if not (path := Path(run.ckpt or run.folder / "distill/ckpt.pt")).exists():
+        raise Fault(f"{path} does not exist; run `python slimflow.py` first, or name a file by --ckpt")
+    flow = load_network(path, run.device)
+    usual = ONE_STEP if getattr(flow, "stage", None) in ("distill", "naive") else dict(solver="rk45")
     solver = (dict(solver=run.solver) if run.solver else usual) | steps
     if (solver["solver"] == "rk45") == ("steps" in solver):
         raise Fault(f"--solver {solver['solver']} {'takes no' if steps else 'needs'} --steps")
@@ -1048,34 +1055,32 @@ def sample_images(run, steps):
     save_pictures(Path("samples.png"), to_float(images[:64]))
     if run.npz:
         save_file(Path(run.npz), partial(np.savez, arr_0=images.permute(0, 2, 3, 1).numpy()))
-    print(f"{run.n} images by {solver}: samples.png{' (64 of them)' * (run.n > 64)} {run.npz or ''}")
+    print(f"{path}, {' '.join(map(str, solver.values()))}: {run.n} images, see samples.png {run.npz or ''}")
 
 def speed(run, stage, repeats=1):
     """Images (of pairs: evaluations) per second of a stage, on random ones, and seconds of all of it."""
+    from torch.utils.benchmark import Timer
     net = build(run.networks["teacher" if stage in ("train", "pairs") else run.student], run.device)
-    net, schedule, times = net.train(stage != "pairs"), getattr(run, stage), []
+    net, schedule = net.train(stage != "pairs"), getattr(run, stage)
     n = SAMPLE_BATCH if stage == "pairs" else schedule.batch // WORLD
     noise, y = fixed_noise(run, n if run.device == "cuda" or run.dataset == "digits" else 4)
-    for _ in range(1 + repeats):  # the first is slower
-        began = time.perf_counter()
+    def step():
         with torch.autocast(run.device, torch.bfloat16, enabled=run.device == "cuda" and stage != "pairs"):
             if stage == "pairs":
-                velocity(net.requires_grad_(False), noise, T0, y)
-            elif stage == "distill":
-                loss = distillation_loss(net, noise, noise, DISTANCES[run.distance], y)
-                (loss + guidance_loss(net, net, noise, DISTANCES[run.distance], y=y)).backward()
-            else:
-                rectified_flow_loss(net, noise, noise, y).backward()
-        if run.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    rate = len(noise) / np.median(times[1:])
+                return velocity(net.requires_grad_(False), noise, T0, y)
+            if stage != "distill" or not run.guidance:  # naive distillation costs as much as a flow's loss
+                return rectified_flow_loss(net, noise, noise, y).backward()
+            loss = distillation_loss(net, noise, noise, DISTANCES[run.distance], y)
+            return (loss + guidance_loss(net, net, noise, DISTANCES[run.distance], y=y)).backward()
+
+    timer = Timer("step()", globals=dict(step=step), num_threads=torch.get_num_threads())
+    rate = len(noise) / timer.timeit(repeats).mean
     evaluations = run.pairs * run.pair_solver.get("steps", 100)  # RK45 takes about 100
     return rate, (evaluations if stage == "pairs" else schedule.steps * schedule.batch) / rate / WORLD
 
 def bench(run):
     """Print the speed of each stage on this device, and the hours of its schedule."""
-    speeds = [(stage, *speed(run, stage, repeats=5)) for stage in STAGES]
+    speeds = [(stage, *speed(run, stage, repeats=5)) for stage in RUNS.split()[1:]]
     rows = [(stage, f"{rate:,.1f}", f"{seconds / 3600:,.2f}") for stage, rate, seconds in speeds]
     print_table([("stage", "images/s", "hours"), *rows])
     print(f"{run.dataset}, {run.student}, {run.distance}, on {run.device}, torch {torch.__version__}")
@@ -1104,13 +1109,12 @@ digits = Run(  # the numbers are ours
     networks={"teacher": DIGITS | dict(model_channels=32), "0.19M": DIGITS | dict(model_channels=16)},
     train=Schedule(steps=1_200, batch=64, lr=2e-3, warmup=100, decay=0.6, ema=0.998),
     reflow=Schedule(steps=1_100, batch=64, lr=4e-3, warmup=100, decay=0.6, ema=0.998),
-    distill=Schedule(steps=1_100, batch=64, lr=2e-3, warmup=0, decay=0.6, ema=0.998),
-    pairs=6_000, pair_solver=dict(solver="adams", steps=12), anneal=250, targets="teacher", distance="huber",
+    distill=Schedule(steps=800, batch=64, lr=2e-3, warmup=0, decay=0.6, ema=0.998),
+    pairs=1_500, pair_solver=dict(solver="adams", steps=12), anneal=250, targets="teacher", distance="huber",
 )
 cifar10 = Run(  # all numbers are the authors', but where another source is named
     dataset="cifar10", shape=(3, 32, 32), student="15.7M", networks=ddpmpp_networks(32),
-    train=Schedule(),  # its length is ours
-    reflow=Schedule(), distill=Schedule(steps=400_000, warmup=0),
+    train=Schedule(), reflow=Schedule(), distill=Schedule(steps=400_000, warmup=0),  # train's length is ours
     pairs=50_000,  # by a 1-flow; 100,000 by EDM's network
     pair_solver=dict(solver="rk45", rtol=1e-5, atol=1e-5),
     anneal=300_000, distance="lpips", targets="2-flow",  # the targets: poster
@@ -1140,10 +1144,11 @@ def parse(argv):
     parser.add_argument("command", nargs="?", choices=COMMANDS.split(), default="all", help="default: all")
     flags = {f.name: f for f in (*fields(Run), *fields(Schedule)) if f.metadata}
     for name, f in flags.items():
-        values = ", ".join(dict.fromkeys(str(getattr(preset, name, "")) for preset in PRESETS.values()))
+        values = dict.fromkeys(str(getattr(preset, name, None)) for preset in PRESETS.values())
+        default = "" if "None" in values else f" [{', '.join(values)}]"
         kind = dict(type=f.type if f.type in (int, float) else str, choices=f.metadata["choices"])
         kind = dict(action="store_true") if f.type is bool else kind
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{f.metadata['help']} [{values}]", **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f.metadata["help"] + default, **kind)
     given = vars(parser.parse_args(argv))
     command, preset = given.pop("command"), PRESETS[given.pop("dataset", "digits")]
     for name, value in given.items():
@@ -1166,8 +1171,13 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # its rounding would look like error to RK45 at 1e-5
     try:
         command, run, given = parse(argv)
-        if WORLD > 1:
-            join(command, run.device)
+        if WORLD > 1 and command not in RUNS.split():
+            raise Fault(f"{command} is for one process; run it without torchrun")
+        if WORLD > 1:  # join the other processes, of which only the first prints
+            dist.init_process_group(timeout=timedelta(days=1))  # images may be decoded meanwhile
+            if run.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
         if command == "sample":
             sample_images(run, given)
         elif command in ("eval", "bench"):
@@ -1185,16 +1195,6 @@ def main(argv=None):
         message = "interrupted; the same command, without --fresh, goes on from what was saved, if anything"
     print(f"slimflow: {message}", file=sys.stderr)
     return 2
-
-def join(command, device):
-    """Join the other processes of a torchrun, of which only the first prints."""
-    if command not in RUNS.split():
-        raise Fault(f"{command} is for one process; run it without torchrun")
-    dist.init_process_group(timeout=timedelta(days=1))  # images may be decoded meanwhile
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of the process
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -150,14 +150,14 @@ def main():
     parser = sf.Parser(prog="toy2d.py", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, default="8gaussians", help="default: 8gaussians")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures; default: this one")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures; default: .")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     teacher, two_flow, student = train_all(TARGETS[args.target], args.seed)
     torch.manual_seed(args.seed + 1)
     noise, target = torch.randn(10_000, 2), TARGETS[args.target](10_000)
     stages = [("random pairs: the lines cross", torch.stack([noise, target]))]
-    rows = [("", "weights", "straightness", "evaluations", "distance", "distance in 1 step")]
+    rows = [("", "parameters", "straightness", "evaluations", "distance", "distance in 1 step")]
     for name, flow, steps in (("teacher", teacher, 100), ("2-flow", two_flow, 100), ("student", student, 1)):
         states = torch.stack([x for _, x in sf.euler(flow, noise, steps)])
         many, one = (sliced_wasserstein(x, target) for x in (states[-1], sf.one_step(flow, noise)))
