@@ -159,7 +159,7 @@ def distilled(world, flow, how, pairs, data):
 # ---- The experiments yield rows: a file's name, and its columns --------------------------------------------
 
 def guidance(world):
-    """Students of few and many pairs: the teacher's, or the 2-flow's own. The error is to the same map."""
+    """Students of few and many pairs, the teacher's or the 2-flow's own, and their errors on new ones."""
     for seen, pairs in world.guidance:
         if seen == pairs:  # a new 2-flow, also for the fewer pairs after it
             flow, _ = two_flow(world, seen, world.reflow_steps)
