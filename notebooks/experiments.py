@@ -33,9 +33,14 @@ COST = {  # of a step of distillation, in forward passes; a backward pass counts
     "both steps by the 2-flow": 8,  # the paper's equation
     "guidance alone": 4,  # without pairs
 }
+STYLE = {  # a colour and a marker for each network, the same in all notebooks
+    "teacher": ("#D55E00", "s"), "1-flow": ("#CC79A7", "^"), "2-flow": ("#0072B2", "o"),
+    "random": ("#0072B2", "o"), "linear": ("#56B4E9", "D"), "exponential": ("#009E73", "v"),
+    "naive": ("#999933", "X"), "guided": ("#882255", "P"), "both steps by the 2-flow": ("#AA4499", "<"),
+    "guidance alone": ("#44AA99", ">"), "naive with fewer steps": ("#777777", "d"),
+}
 
 # ---- Two worlds: a trained teacher, its pairs, real data, and a distance to them ---------------------------
-
 class Plane:
     """Eight Gaussians in the plane. Distance: sliced Wasserstein's, of 10,000 points."""
     network, draw = staticmethod(partial(toy2d.MLP, 64)), staticmethod(toy2d.TARGETS["8gaussians"])
@@ -45,7 +50,6 @@ class Plane:
     guidance = (32, 32), (256, 256), (1_024, 1_024), (6_000, 6_000), (6_000, 1_024)  # 2-flow's, student's
     annealing, rotations = ((64, 100), (64, 500), (64, 2_000), (65_536, 2_000)), (0, 1)  # pairs, steps
     compared = guidance[:4]  # where all ways of COST are tried
-
     def __init__(self, seed, scale=1.0):
         self.seed, self.scale = seed, scale
         schedule = replace(toy2d.TRAIN, steps=round(toy2d.TRAIN.steps * scale))
@@ -55,8 +59,7 @@ class Plane:
         self.data, self.target = ends(self, self.teacher), self.draw(10_000)
 
     def distances(self, flow, solver):
-        points, _ = sf.sample(flow, self.fresh, **solver)
-        return dict(distance=toy2d.sliced_wasserstein(points, self.target))
+        return dict(distance=toy2d.sliced_wasserstein(sf.sample(flow, self.fresh, **solver)[0], self.target))
 
 class Digits:
     """The digits. Distance: Frechet's of 5,000 images, by the table's classifier and one of another seed."""
@@ -66,7 +69,6 @@ class Digits:
     guidance = (256, 256), (1_024, 1_024), (6_000, 6_000), (6_000, 1_024)
     annealing, rotations = ((512, 250), (512, 4_000)), (0,)
     compared = guidance[1:2]
-
     def __init__(self, seed, scale=1.0):
         self.seed, self.scale = seed, scale
         teacher = replace(sf.digits.train, steps=round(sf.digits.train.steps * scale))
@@ -87,7 +89,6 @@ class Digits:
         return dict(zip(("distance", "other"), itertools.starmap(sf.frechet_distance, moments)))
 
 # ---- What is trained ---------------------------------------------------------------------------------------
-
 def fit(world, net, loss, steps, lr):
     """Train a network for so many steps, by the world's scale."""
     steps = max(1, round(steps * world.scale))
@@ -108,8 +109,7 @@ STARTS = {"random": 0, "linear": 3 / 8, "exponential": 1 / 16, "1-flow": 3 / 8} 
 def two_flow(world, pairs, steps, start="linear", rotated=False):
     """A small 2-flow from the first `pairs` pairs, and rows (step, loss on stored pairs, on new ones).
 
-    It starts from random weights; annealed, K being a share of the steps; or from a small 1-flow, which takes
-    that share of the steps.
+    Starts: random weights; annealed, K being a share of the steps; a 1-flow, which takes that share of them.
     """
     torch.manual_seed(world.seed)
     net, share, curve = world.network(), STARTS[start] * steps, []
@@ -157,7 +157,6 @@ def distilled(world, flow, how, pairs, data):
     return fit(world, student, loss, world.guided_steps * COST["guided"] / COST[how], world.distill_lr)
 
 # ---- The experiments yield rows: a file's name, and its columns --------------------------------------------
-
 def guidance(world):
     """Students of few and many pairs, the teacher's or the 2-flow's own, and their errors on new ones."""
     for seen, pairs in world.guidance:
@@ -197,9 +196,10 @@ def read(name, **case):
     rows = np.genfromtxt(HERE / f"{name}.csv", None, delimiter=",", names=True, skip_header=1, encoding=None)
     return rows[np.all([rows["seed"] >= 0, *(rows[name] == case[name] for name in case)], axis=0)]
 
-def dots(axes, x, values, colour, marker="o"):
-    """A dot for each seed's value, and a dash at their geometric mean."""
-    axes.plot(np.full(len(values), x), values, marker, color=colour, ms=4, mfc="none")
+def dots(axes, x, values, name, filled=False):
+    """A network's mark for each seed's value, and a dash at their geometric mean."""
+    colour, marker = STYLE[name]
+    axes.plot(np.full(len(values), x), values, marker, color=colour, ms=5, mfc=colour if filled else "none")
     axes.plot(x, np.exp(np.log(values).mean()), "_", color=colour, ms=18, mew=2.5)
 
 if __name__ == "__main__":
