@@ -720,7 +720,7 @@ def run_stages(run, command, given):
         refuse_other_settings(run.folder / stage, made, given | asked)
         finished = finished or done >= asked.get("steps", schedule["steps"])
         todo = todo if finished else [stage, *todo]
-        if done and stage != "pairs" and stage not in given:  # it goes on as it began
+        if done and stage not in ("pairs", "naive", *given):  # it goes on as it began
             run = replace(run, **{stage: Schedule(**schedule)})
         run = replace(run, **{k: made[k] for k in ("guidance", "distance", "targets") if k in made})
     if command == "all" and run.dataset == "digits" and run.guidance:
