@@ -131,7 +131,7 @@ def draw_particles(path, stages, target, frames=40):
     from matplotlib.animation import FuncAnimation, PillowWriter
 
     figure, panels = axes_row(target, [title for title, _ in stages])
-    dots = [axes.scatter([], [], s=4, color="#0072B2") for axes in panels]
+    dots = [axes.scatter([], [], s=4, color="black") for axes in panels]
     clock = panels[0].text(-3.8, -3.8, "")
 
     def show(frame):
