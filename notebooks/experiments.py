@@ -1,6 +1,6 @@
-"""The experiments behind notebooks 2 and 3: what do annealing and guidance add, and with how few pairs?
+"""The experiments behind notebooks 2, 3 and 6: annealing, guidance, and other one-step methods.
 
-python notebooks/experiments.py annealing|guidance plane|digits
+python notebooks/experiments.py annealing|guidance|methods plane|digits (methods: plane only)
 
 writes CSV files beside this script. Two seeds run at a time, each in a process with one thread. Each seed has
 its own teacher, pairs and networks, and networks that are compared have equal training cost.
@@ -9,7 +9,7 @@ its own teacher, pairs and networks, and networks that are compared have equal t
 import argparse
 import copy
 import itertools
-import os
+import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -69,15 +69,13 @@ class Digits:
     guidance = (256, 256), (1_024, 1_024), (6_000, 6_000), (6_000, 1_024)
     annealing, rotations = ((512, 250), (512, 4_000)), (0,)
     compared = guidance[1:2]
-    def __init__(self, seed, scale=1.0):
-        self.seed, self.scale = seed, scale
-        teacher = replace(sf.digits.train, steps=round(sf.digits.train.steps * scale))
-        run = replace(sf.digits, seed=seed, pairs=6_000 + HELD_OUT, train=teacher, device="cpu",
-                      out=f"runs/experiments/{seed}-{scale:g}")
+    def __init__(self, seed):
+        self.seed, self.scale, out = seed, 1.0, f"runs/experiments/{seed}"
+        run = replace(sf.digits, seed=seed, pairs=6_000 + HELD_OUT, device="cpu", out=out)
         sf.run_stages(run, "pairs", {})
         self.noise, self.data = (x.float() for x in sf.load_pairs(run, "pairs")[:2])
         self.images, labels = sf.load_images(run)
-        self.fresh, _ = sf.fixed_noise(run, max(200, round(5_000 * scale)), seed=4321)
+        self.fresh, _ = sf.fixed_noise(run, 5_000, seed=4321)
         self.features = [sf.digit_features(run, self.images, labels, k) for k in (0, 1)]
 
     def draw(self, n):
@@ -134,13 +132,11 @@ def two_flow(world, pairs, steps, start="linear", rotated=False):
 @torch.no_grad()
 def reflow_loss(flow, noise, data):
     """The loss of reflow (b = 0) on these pairs, each at another time."""
-    t = (torch.arange(len(noise)) + 0.5) / len(noise)
-    return sf.rectified_flow_loss(flow, noise, data, t=t).item()
+    return sf.rectified_flow_loss(flow, noise, data, t=(torch.arange(len(noise)) + 0.5) / len(noise)).item()
 
 def both_steps_loss(student, flow, noise, distance):
     """Guidance as in the paper's equation: both steps of the target are the 2-flow's."""
-    with torch.no_grad():
-        target = sf.two_step(flow, noise, 0.2 + 0.6 * torch.rand(len(noise)))
+    target = sf.two_step(flow, noise, 0.2 + 0.6 * torch.rand(len(noise)))  # the 2-flow is frozen
     return distance(sf.one_step(student, noise), target).mean()
 
 def distilled(world, flow, how, pairs, data):
@@ -166,8 +162,8 @@ def guidance(world):
         for targets, data in (("teacher's", world.data), ("own", own)):
             for how in ("2-flow", *(COST if (seen, pairs) in world.compared else ("naive", "guided"))):
                 student = flow if how == "2-flow" else distilled(world, flow, how, pairs, data)
-                error = sf.one_step(student, world.noise[-HELD_OUT:]) - data[-HELD_OUT:]
-                rms = error.square().mean().sqrt().item()
+                made = sf.one_step(student, world.noise[-HELD_OUT:])
+                rms = sf.l2(made, data[-HELD_OUT:]).mean().sqrt().item()
                 row = dict(seen=seen, targets=targets, pairs=pairs, how=how, error=rms)
                 yield "guidance", row | world.distances(student, sf.ONE_STEP)
 
@@ -185,11 +181,17 @@ def annealing(world):
                 student = distilled(world, flow, how, pairs, world.data)
                 yield "annealing", case | dict(how=how) | world.distances(student, sf.ONE_STEP)
 
-def one_seed(experiment, world, scale, seed):
-    """The rows of one seed."""
-    torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, no progress
-    return [(name, dict(seed=seed) | row) for name, row in experiment(world(seed, scale))]
+def methods(world):
+    """One step of each method of notebook 6, by the notebook's own cells up to its results."""
+    names = dict(world=world)
+    for cell in json.loads((HERE / "6_where_targets_come_from.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code" and "RESULTS" not in names:
+            exec("".join(cell["source"]).replace("experiments.Plane(0, SCALE)", "world"), names)
+    for name, distance in names["RESULTS"].items():
+        yield "methods", dict(method=name, distance=distance)
+
+def one_seed(experiment, world, seed):  # a generator cannot leave its process
+    return [(name, dict(seed=seed) | row) for name, row in experiment(world(seed))]
 
 def read(name, **case):
     """The rows of notebooks/<name>.csv that have these values, a structured array, seed by seed."""
@@ -204,17 +206,15 @@ def dots(axes, x, values, name, filled=False):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("experiment", choices=("annealing", "guidance"))
+    parser.add_argument("experiment", choices=("annealing", "guidance", "methods"))
     parser.add_argument("world", choices=("plane", "digits"))
     parser.add_argument("--seeds", type=int, default=4, help="default: 4")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of all training; default: 1")
     args = parser.parse_args()
     experiment, world = globals()[args.experiment], dict(plane=Plane, digits=Digits)[args.world]
-    with get_context("spawn").Pool(2) as pool:
-        seeds = pool.map(partial(one_seed, experiment, world, args.scale), range(args.seeds), chunksize=1)
+    with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
+        seeds = pool.map(partial(one_seed, experiment, world), range(args.seeds), chunksize=1)
     for name in {name: 0 for rows in seeds for name, _ in rows}:
         rows = [row for rows in seeds for file, row in rows if file == name]
         lines = [[f"# {' '.join(sys.argv)}, torch {torch.__version__}, {np.datetime64('today')}"], rows[0]]
         lines += [[f"{x:.4g}" if isinstance(x, float) else f"{x}" for x in row.values()] for row in rows]
-        path = HERE / f"{name}_{args.world}{'_trial' * (args.scale < 1)}.csv"
-        path.write_text("".join(",".join(cells) + "\n" for cells in lines))
+        (HERE / f"{name}_{args.world}.csv").write_text("".join(",".join(line) + "\n" for line in lines))
