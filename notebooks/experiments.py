@@ -184,7 +184,7 @@ def annealing(world):
 def methods(world):
     """One step of each method of notebook 6, by the notebook's own cells up to its results."""
     names = dict(world=world)
-    for cell in json.loads((HERE / "6_where_targets_come_from.ipynb").read_text())["cells"]:
+    for cell in json.loads((HERE / "6_where_targets_come_from.ipynb").read_bytes())["cells"]:
         if cell["cell_type"] == "code" and "RESULTS" not in names:
             exec("".join(cell["source"]).replace("experiments.Plane(0, SCALE)", "world"), names)
     for name, distance in names["RESULTS"].items():
