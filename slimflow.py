@@ -93,7 +93,7 @@ def guidance_loss(student, flow, noise, distance, t=None, y=None):
     """Mean of D(z + s(z, T0), X) over fresh noise z, with t ~ U(0.2, 0.8) if None, as the authors run it.
 
     From m = z + t s(z, T0) on the student's own straight line the frozen 2-flow takes the second step, to
-    X = m + (1 - t) v(m, t), without gradient. With l2 the loss is (1 - t)^2 |v(m, t) - s|^2, its gradient is
+    X = m + (1 - t) v(m, t), without gradient. With l2 the loss is (1 - t)^2 |v(m, t) - s|^2 and its gradient
     that of (1 - t) |v - s|^2 with v held fixed: along its line the student's velocity should be the 2-flow's.
     """
     if t is None:
@@ -170,8 +170,7 @@ def _integral(known, a, b):
 
 # Dormand and Prince: the weights of the stages (a row's sum is its time, the last row the step), of the error
 DP_STAGES = (
-    (1 / 5,), (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
+    (1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
     (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
@@ -209,8 +208,9 @@ def sample(flow, noise, solver="rk45", y=None, **options):
     def counted(x, t, y):
         calls.append(t)
         return flow(x, t, y)
-    for _, x in SOLVERS[solver](counted, noise, y=y, **options):  # noqa: B007
-        pass
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # RK45 needs float32
+        for _, x in SOLVERS[solver](counted, noise, y=y, **options):  # noqa: B007
+            pass
     if not x.isfinite().all():
         raise Fault(f"the images of {solver} are not finite; take another solver, or another network")
     return x, len(calls)
@@ -497,15 +497,15 @@ def refuse_other_settings(path, made, wanted):
         raise Fault(f"{path} was made with {', '.join(other)}; use the same, --fresh or another --out")
 
 def build(config, device, weights=None):
-    """A UNet, random or with exactly these weights and frozen, in the fastest form for its device."""
+    """A UNet, random or with exactly these weights and frozen, in the fastest form measured on its device."""
     net = UNet(**config)
     if weights:
         net.load_state_dict(weights)
         net.eval().requires_grad_(False)
     tiny, cuda = config["resolution"] <= 8, torch.device(device).type == "cuda"
     if cuda and not tiny:
-        torch._dynamo.config.recompile_limit = 32  # training, evaluation and each size of batch are variants
-        net.compile()  # which channels last would slow down; on a CPU they are faster
+        torch._dynamo.config.recompile_limit = 32  # of all networks; training has one size of batch
+        net.compile(dynamic=None if weights else False)
     return net.to(device, memory_format=torch.contiguous_format if tiny or cuda else torch.channels_last)
 
 def load_flow(path, device="cpu"):
@@ -535,6 +535,7 @@ class Run:
     distill: Schedule
     pairs: int = flag("how many pairs (noise, data) to make", RUNS)
     pair_solver: dict  # which makes them: arguments of `sample`
+    mirror: bool = True  # half the batches of reflow; not for what has a left and a right, as digits
     anneal: int = flag("K, the step at which b is 0; 0: plain reflow", "all reflow distill", least=0)
     anneal_schedule: str = flag("exponential is exp(-step/K), for a small K; authors: 300000, 100000, 50000",
                                 "all reflow distill", "linear", tuple(SCHEDULES))
@@ -584,7 +585,7 @@ def reflow(run):
 
     def loss(student, step):
         noise, data, y = draw_batch(run, run.reflow, stored)
-        if run.dataset != "digits" and torch.rand(()) < 0.5:  # mirrored; authors: one coin for the batch
+        if run.mirror and torch.rand(()) < 0.5:  # one coin a batch, as the authors
             noise, data = noise.flip(-1), data.flip(-1)
         beta = anneal_beta(step, run.anneal, run.anneal_schedule)
         return rectified_flow_loss(student, annealed_noise(noise, beta), data, y)
@@ -602,7 +603,7 @@ def distill(run, stage="distill"):
     def loss(student, step):
         noise, data, y = draw_batch(run, run.distill, stored)
         value = distillation_loss(student, noise, data, distance, y)
-        if stage == "distill" and run.guidance:  # on as much fresh noise; authors: the 2-flow's raw weights
+        if stage == "distill" and run.guidance:  # on as much fresh noise; the authors guide by raw weights
             value += run.guidance * guidance_loss(student, flow, torch.randn_like(noise), distance, y=y)
         return value
 
@@ -728,6 +729,8 @@ def run_stages(run, command, given):
         lpips_network(run.device)
     if command == "all" and run.dataset != "digits" and WORLD == 1:
         inception_features(run.device)
+    if RANK == 0 and "train" in todo:
+        load_images(run)  # also makes the files for all processes
     for folder in [run.folder / stage for stage in anew if RANK == 0 and (run.folder / stage).exists()]:
         print(f"{folder} is now", folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}"))
     if not todo:
@@ -735,8 +738,6 @@ def run_stages(run, command, given):
     elif RANK == 0:
         plan = " -> ".join(f"{stage} ({timedelta(seconds=round(speed(run, stage)[1]))})" for stage in todo)
         print(f"plan, with rough estimates: {plan}, into {run.folder}, on {WORLD} x {run.device}", flush=True)
-    if RANK == 0 and "train" in todo:
-        load_images(run)  # makes the files for all processes
     barrier()
     for stage in todo:
         STAGES[stage](run)
@@ -984,7 +985,7 @@ def evaluate(run):
     rows += [(f"{name}, 1 step", path, ONE_STEP) for name, path in paths.items()]
     rows = [row for row in rows if row[1].exists()]
     if not rows:
-        raise Fault(f"{run.folder} holds no network; run `python slimflow.py all` first, or name its --out")
+        raise Fault(f"{run.folder} holds no network; train {run.dataset} first, or name its --out")
     digits = run.dataset == "digits"  # its classifier replaces Inception
     images, labels = load_images(run) if digits or not run.ref else (None, None)
     features = digit_features(run, images, labels) if digits else inception_features(run.device)
@@ -1040,7 +1041,7 @@ def save_pictures(path, images, columns=8, labels=()):
 def sample_images(run, steps):
     """Write samples.png, up to 64 images by the network of a file, and all of them to --npz."""
     if not (path := Path(run.ckpt or run.folder / "distill/ckpt.pt")).exists():
-        raise Fault(f"{path} does not exist; run `python slimflow.py` first, or name a file by --ckpt")
+        raise Fault(f"{path} does not exist; distill {run.dataset} first, or name a file by --ckpt")
     flow = load_network(path, run.device)
     usual = ONE_STEP if getattr(flow, "stage", None) in ("distill", "naive") else dict(solver="rk45")
     solver = (dict(solver=run.solver) if run.solver else usual) | steps
@@ -1066,7 +1067,7 @@ def speed(run, stage, repeats=1):
     def step():
         with torch.autocast(run.device, torch.bfloat16, enabled=run.device == "cuda" and stage != "pairs"):
             if stage == "pairs":
-                return velocity(net.requires_grad_(False), noise, T0, y)
+                return sample(net.requires_grad_(False), noise, y=y, **ONE_STEP)
             if stage != "distill" or not run.guidance:  # naive distillation costs as much as a flow's loss
                 return rectified_flow_loss(net, noise, noise, y).backward()
             loss = distillation_loss(net, noise, noise, DISTANCES[run.distance], y)
@@ -1104,12 +1105,12 @@ def ddpmpp_networks(resolution):
 DIGITS = dict(resolution=8, channels=1, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
 DIGITS |= dict(time_scale=16.0)  # with 999 the velocity oscillates in t, and solvers take 3 times as long
 digits = Run(  # the numbers are ours
-    dataset="digits", shape=(1, 8, 8), student="0.19M", n=5_000,
+    dataset="digits", shape=(1, 8, 8), student="0.19M", n=5_000, mirror=False, distance="huber",
     networks={"teacher": DIGITS | dict(model_channels=32), "0.19M": DIGITS | dict(model_channels=16)},
     train=Schedule(steps=1_200, batch=64, lr=2e-3, warmup=100, decay=0.6, ema=0.998),
     reflow=Schedule(steps=1_100, batch=64, lr=4e-3, warmup=100, decay=0.6, ema=0.998),
     distill=Schedule(steps=800, batch=64, lr=2e-3, warmup=0, decay=0.6, ema=0.998),
-    pairs=1_500, pair_solver=dict(solver="adams", steps=12), anneal=250, targets="teacher", distance="huber",
+    pairs=1_500, pair_solver=dict(solver="adams", steps=12), anneal=250, targets="teacher",
 )
 cifar10 = Run(  # all numbers are the authors', but where another source is named
     dataset="cifar10", shape=(3, 32, 32), student="15.7M", networks=ddpmpp_networks(32),
@@ -1167,8 +1168,6 @@ def parse(argv):
 
 def main(argv=None):
     """Run the command line; return its exit status. What the user must mend is one line on stderr, and 2."""
-    torch.backends.cudnn.allow_tf32 = False  # its rounding would look like error to RK45 at 1e-5
-    torch.backends.cudnn.benchmark = True  # finds faster float32 convolutions
     try:
         command, run, given = parse(argv)
         if WORLD > 1 and command not in RUNS.split():
