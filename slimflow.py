@@ -208,7 +208,7 @@ def sample(flow, noise, solver="rk45", y=None, **options):
     def counted(x, t, y):
         calls.append(t)
         return flow(x, t, y)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # RK45 needs float32
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # too coarse for RK45
         for _, x in SOLVERS[solver](counted, noise, y=y, **options):  # noqa: B007
             pass
     if not x.isfinite().all():
@@ -504,7 +504,7 @@ def build(config, device, weights=None):
         net.eval().requires_grad_(False)
     tiny, cuda = config["resolution"] <= 8, torch.device(device).type == "cuda"
     if cuda and not tiny:
-        torch._dynamo.config.recompile_limit = 32  # of all networks; training has one size of batch
+        torch._dynamo.config.recompile_limit = 32  # of all networks; training has one batch size
         net.compile(dynamic=None if weights else False)
     return net.to(device, memory_format=torch.contiguous_format if tiny or cuda else torch.channels_last)
 
@@ -535,7 +535,7 @@ class Run:
     distill: Schedule
     pairs: int = flag("how many pairs (noise, data) to make", RUNS)
     pair_solver: dict  # which makes them: arguments of `sample`
-    mirror: bool = True  # half the batches of reflow; not for what has a left and a right, as digits
+    mirror: bool = True  # half of reflow's batches; False for what has a left and a right, as digits
     anneal: int = flag("K, the step at which b is 0; 0: plain reflow", "all reflow distill", least=0)
     anneal_schedule: str = flag("exponential is exp(-step/K), for a small K; authors: 300000, 100000, 50000",
                                 "all reflow distill", "linear", tuple(SCHEDULES))
