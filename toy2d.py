@@ -149,9 +149,11 @@ def main():
     """Train, measure, draw."""
     parser = sf.Parser(prog="toy2d.py", description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, default="8gaussians", help="default: 8gaussians")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="from 0 on; default: 0")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures; default: .")
     args = parser.parse_args()
+    if args.seed < 0:
+        raise sf.Fault(f"--seed {args.seed} is not a number from 0 on")
     args.out.mkdir(parents=True, exist_ok=True)
     teacher, two_flow, student = train_all(TARGETS[args.target], args.seed)
     torch.manual_seed(args.seed + 1)
@@ -175,4 +177,7 @@ if __name__ == "__main__":
         main()
     except (sf.Fault, OSError) as error:
         print(f"toy2d: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("toy2d: interrupted; nothing was kept", file=sys.stderr)
         sys.exit(2)
