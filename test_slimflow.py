@@ -722,7 +722,7 @@ def test_what_is_not_given_is_remembered_and_else_the_presets(tmp_path, monkeypa
 def test_more_steps_or_pairs_set_aside_what_was_made_and_never_raise_b(copied):
     before = contents(copied)
     assert sf.run_stage(copied, "reflow", dict(reflow=dict(steps=30, lr=1e-3)))
-    assert settings(copied, "reflow")["anneal_steps"] == 12  # b was 0 from step 6 on
+    assert batches(copied, "reflow", "anneal_beta", 1) == [(0, 6.0, "linear")]  # 0 from step 6 on, as before
     assert sf.count_done(copied, "reflow") == 30 and not (copied.folder / "distill").exists()
     assert checkpoint(copied.folder / "distill.1") == before["distill"]
     assert sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=50)))
