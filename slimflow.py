@@ -905,7 +905,9 @@ def run_all(run, given=None):
     if run.dataset != "digits" and WORLD == 1:
         inception_features(run.device)
     for stage in stages:  # refuse what does not fit before anything runs
-        settle(run, stage, given.get(stage, {}))
+        settings = settle(run, stage, given.get(stage, {}))
+        if count_done(run, stage) < settings[GOAL[stage]]:
+            check(run, stage, settings)
     if not any([run_stage(run, stage, given) for stage in stages]):
         print(f"all stages are finished, see {run.folder}; --fresh starts over")
     if WORLD == 1:
@@ -1387,6 +1389,8 @@ def main(argv=None):
     try:
         command, given = parse(sys.argv[1:] if argv is None else argv)
         run = open_run(given)
+        if WORLD > 1 and command in ("eval", "sample"):
+            raise Fault(f"{command} is for one process; run it without torchrun")
         if command == "sample":
             names = ("ckpt", "n", "solver", "steps", "npz")
             sample_images(run, **{name: given[name] for name in names if name in given})

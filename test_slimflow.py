@@ -856,12 +856,13 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
         for name in a["ema"]:
             torch.testing.assert_close(a["ema"][name], b["ema"][name], atol=2e-4, rtol=1e-3)
 
-def test_processes_are_torchruns_and_divide_the_batch(tmp_path, monkeypatch):
+def test_processes_are_torchruns_and_divide_the_batch(tmp_path, monkeypatch, refused):
     for size in ("", "4"):  # of a container, or of Slurm
         with python("-c", "import slimflow; print(slimflow.WORLD)", env=os.environ | dict(
                 PYTHONPATH=str(HERE), WORLD_SIZE=size)) as process:
             assert process.communicate() == ("1\n", "")
     monkeypatch.setattr(sf, "WORLD", 3)
+    assert "without torchrun" in refused("eval")
     with pytest.raises(sf.Fault, match="3 processes cannot share a batch of 8"):
         sf.run_stage(tiny(tmp_path), "train")
 
@@ -1025,6 +1026,7 @@ def test_missing_packages_are_named_before_anything_is_trained(ran, refused, mon
     for name in ("lpips", "torch_fidelity"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install lpips" in refused("distill --distance lpips")
+    assert "pip install lpips" in refused("all --distance lpips")
     assert "pip install torch-fidelity" in refused("all --dataset ffhq64")
     assert not list(tmp_path.glob("*/*/*/*"))
 
