@@ -19,6 +19,7 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 os.environ |= dict(CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg", OMP_NUM_THREADS="1")  # all is small
 
@@ -28,6 +29,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import slimflow as sf
 import toy2d
@@ -117,13 +119,6 @@ def test_distillation_loss_is_zero_at_the_pairs_and_pulls_towards_them():
     assert loss.item() == pytest.approx(0.01, rel=1e-4)
     assert torch.autograd.grad(loss, shift)[0].item() == pytest.approx(0.2, rel=1e-4)
 
-def test_losses_hand_the_class_on():
-    z, y = torch.zeros(3, 2), torch.tensor([1, 2, 3])
-    flow = lambda x, t, y: y[:, None].expand(-1, 2).float()  # noqa: E731
-    x = flow(z, None, y)
-    assert sf.rectified_flow_loss(flow, z, x, y) == sf.distillation_loss(flow, z, x, sf.l2, y) == 0
-    assert sf.guidance_loss(flow, flow, z, sf.l2, y) < 1e-12
-
 @pytest.mark.parametrize("schedule, recorded", [
     ("linear", [1.0, 0.7666666666666666, 0.5, 0.0033333333333332993, 0.0, 0.0]),
     ("cosine", [1.0, 0.8715724127386971, 0.5, 2.7415317243928428e-05, 0.0, 0.0]),
@@ -153,7 +148,6 @@ def test_distances_are_per_image_zero_at_equality_and_point_home(distance):
         torch.testing.assert_close(gradient / gradient.norm(), (a - b)[i] / (a - b)[i].norm())
     a, b, c = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3.0), 0.00054 * 2
     assert d(a, b).item() == pytest.approx(9 if distance == "l2" else math.sqrt(36 + c * c) - c)
-
 
 # ---- 2. Solvers --------------------------------------------------------------------------------------------
 X0 = [1.7886284734303186, 0.43650985051198943, 0.09649746807200862, -1.8634927033644908]
@@ -194,31 +188,25 @@ def test_solvers_take_the_evaluations_they_promise_without_tf32(solver, steps, e
     times = [t for t, _ in sf.SOLVERS[solver](wavy, z, steps)]
     assert times[0] == sf.T0 and times[-1] == pytest.approx(1) and len(times) == steps + 1
 
-def test_adams_is_exact_where_the_velocity_is_linear_in_time():
-    """Its first step is Euler's, mended by the trapezoid; from then on it integrates parabolas."""
-    z = torch.randn(2, 3, dtype=torch.float64)
-    states = list(sf.adams(lambda x, t, y: (3 - 5 * t)[:, None].expand_as(x), z, 6))
-    for t, x in states[1:]:
-        torch.testing.assert_close(x, z + 3 * (t - sf.T0) - 2.5 * (t**2 - sf.T0**2), rtol=1e-12, atol=1e-12)
-
-def test_solvers_hand_the_class_on():
+def test_losses_and_solvers_hand_the_class_on():
     z, y = torch.zeros(3, 2), torch.tensor([1, 2, 3])
+    flow = lambda x, t, y: y[:, None].expand(-1, 2).float()  # noqa: E731
+    x = flow(z, None, y)
+    assert sf.rectified_flow_loss(flow, z, x, y) == sf.distillation_loss(flow, z, x, sf.l2, y) == 0
+    assert sf.guidance_loss(flow, flow, z, sf.l2, y) < 1e-12
     for solver in sf.SOLVERS:
-        x, _ = sf.sample(lambda x, t, y: y[:, None].expand(-1, 2).float(), z, solver, y=y,
-                         **{} if solver == "rk45" else dict(steps=3))
-        torch.testing.assert_close(x, y[:, None].expand(-1, 2).float(), atol=4e-3, rtol=0)
+        options = {} if solver == "rk45" else dict(steps=3)
+        end, _ = sf.sample(flow, z, solver, y=y, **options)
+        torch.testing.assert_close(end, x, atol=4e-3, rtol=0)
 
-def test_what_is_not_finite_is_refused_by_rk45_with_its_time():
-    late = lambda x, t, y: x if t[0] < 0.5 else x * math.nan  # noqa: E731
-    with pytest.raises(sf.Fault, match=r"t = 0\.(49|50)"):
-        sf.sample(late, torch.ones(1, 1), "rk45")
-    for bad in (math.nan, math.inf):
-        with pytest.raises(sf.Fault, match=r"t = 0\.001"):
-            sf.sample(lambda x, t, y, bad=bad: x * bad, torch.ones(1, 1), "rk45")
-    for solver in ("euler", "adams"):
-        with pytest.raises(sf.Fault, match=f"{solver} are not finite"):
-            sf.sample(lambda x, t, y: x * math.nan, torch.ones(1, 2), solver, steps=4)
-
+@pytest.mark.parametrize("solver, start, bad, said", [
+    ("rk45", 0.5, math.nan, r"t = 0\.(49|50)"), ("rk45", 0, math.inf, r"t = 0\.001"),
+    ("euler", 0, math.nan, "euler are not finite"), ("adams", 0, math.nan, "adams are not finite")])
+def test_velocities_that_are_not_finite_are_refused(solver, start, bad, said):
+    flow = lambda x, t, y: torch.where(t[:, None] < start, x, bad)  # noqa: E731
+    options = {} if solver == "rk45" else dict(steps=4)
+    with pytest.raises(sf.Fault, match=said):
+        sf.sample(flow, torch.ones(1, 1), solver, **options)
 
 # ---- 3. Network --------------------------------------------------------------------------------------------
 def fill(net):
@@ -268,10 +256,12 @@ PUBLISHED = [  # network, parameters, MACs of convolutions and linear layers
     (paper("cifar10", "teacher"), 61_804_419, 10_678_632_448),
     (paper("cifar10", "teacher") | dict(channel_mult=(2, 2, 2)), 55_732_739, 21_020_344_320),  # EDM's
     (paper("cifar10", "3.4M"), 3_437_123, None),
+    (paper("cifar10", "7.0M"), 6_989_891, None),
     (paper("ffhq64", "27.9M"), 27_906_179, 26_555_777_024),
     (paper("ffhq64", "15.7M"), 15_707_235, 14_942_932_992),
     (paper("ffhq64", "teacher"), 61_804_419, 41_691_578_368),
     (paper("imagenet64", "80.7M"), 80_685_315, 31_033_708_544),
+    (paper("imagenet64", "44.7M"), 44_685_827, None),
     (paper("imagenet64", "teacher"), 295_899_267, 103_441_594_368),
 ]
 
@@ -283,121 +273,61 @@ def test_networks_have_the_published_sizes(config, parameters, macs):
     if macs:
         assert sf.count_macs(net, (3, net.config["resolution"], net.config["resolution"])) == macs
 
-def test_students_have_the_size_that_names_them():
-    for dataset, preset in sf.PRESETS.items():
-        for size in list(preset.networks)[1:]:
-            with torch.device("meta"):
-                millions = sf.count_parameters(sf.UNet(**preset.networks[size])) / 1e6
-            if (dataset, size) != ("ffhq64", "3.4M"):  # where its attention at 16x16 takes 0.1M more
-                assert f"{millions:.{len(size.split('.')[1]) - 1}f}M" == size
-
 @pytest.mark.parametrize("kind", RECORDED)
-def test_network_starts_near_zero_velocity_and_every_weight_learns(kind):
+def test_network_starts_near_zero_velocity_and_learns_compiled_and_in_bfloat16(kind):
+    """As on CUDA: no part of the network falls out of the graph; loss and gradients stay in float32."""
     torch.manual_seed(0)
     net, y = sf.UNet(**RECORDED[kind][0]), torch.tensor([3, 4]) if kind == "adm" else None
     x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
     assert net(x, t, y).abs().max() < 1e-2
-    fill(net)(x.double(), t.double(), y).square().mean().backward()
-    assert all(p.grad.abs().max() > 0 for p in net.parameters())
-
-@pytest.mark.parametrize("kind", RECORDED)
-def test_network_compiles_whole_and_in_bfloat16_stays_close(kind):
-    """As on CUDA: no part of the network falls out of the graph; loss and gradients stay in float32."""
-    net, y = fill(sf.UNet(**RECORDED[kind][0])).float(), torch.tensor([3, 4]) if kind == "adm" else None
-    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    high = fill(net).float()(x, t, y)
     with torch.autocast("cpu", torch.bfloat16):
         low = torch.compile(net, fullgraph=True, backend="eager")(x, t, y)
         loss = sf.rectified_flow_loss(net, torch.randn_like(x), x, y)
-    high = net(x, t, y)
     assert low.dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert (low - high).norm() < 0.03 * high.norm()
     loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in net.parameters())
 
 # ---- 4. Training -------------------------------------------------------------------------------------------
-class Shift(nn.Module):
-    """A velocity that is the same everywhere."""
-    def __init__(self, n=2):
-        super().__init__()
-        self.shift, self.config = nn.Parameter(torch.zeros(n)), dict(n=n)
-
-    def forward(self, x, t, y=None):
-        return self.shift.expand_as(x)
-
-def blank(ema):
-    """A picture for `fit`."""
-    return torch.zeros(1, 1, 8, 8)
-
-def test_training_reaches_the_known_velocity():
-    target = torch.tensor([0.5, -1.0])
-    def loss(flow, step):
-        z = torch.randn(256, 2)
-        return sf.rectified_flow_loss(flow, z, z + target)
-    flow = sf.fit(Shift(), loss, sf.Schedule(steps=200, lr=0.05, warmup=10, decay=0.5, ema=0.9))
-    torch.testing.assert_close(flow.shift, target, atol=1e-3, rtol=0)
-    assert not flow.training and not flow.shift.requires_grad
-
 def test_learning_rate_clipping_average_and_log_follow_their_rules(tmp_path):
     """Adam's steps are the learning rate while the gradient stays the same, here 1 after clipping."""
-    schedule, net, seen = sf.Schedule(steps=30, lr=0.1, warmup=4, decay=0.5, ema=0.5), Shift(1), []
+    schedule = sf.Schedule(steps=30, lr=0.1, warmup=4, decay=0.5, ema=0.5)
+    net, seen = nn.Linear(1, 1, bias=False), []
+    net.config = {}
     def loss(net, step):
-        seen.append(net.shift.item())
-        return net.shift.sum() * (10 if step % 2 else 1)
-    average = sf.fit(net, loss, schedule, folder=tmp_path, picture=blank).shift.item()
+        seen.append(net.weight.item())
+        return net.weight.sum() * (10 if step % 2 else 1)
+    ema = sf.fit(net, loss, schedule, folder=tmp_path, picture=lambda ema: torch.zeros(1, 1, 8, 8))
+    assert not ema.training and not ema.weight.requires_grad
     rates = [0.1 * min(1, (step + 1) / 4, (30 - step) / 15) for step in range(30)]
     assert [sf.learning_rate(schedule, step) for step in range(30)] == pytest.approx(rates)
-    values = [*seen, net.shift.item()]
+    values = [*seen, net.weight.item()]
     assert [p - q for p, q in zip(values, values[1:])] == pytest.approx(rates, rel=1e-3)
-    expected = 0.0
+    expected = values[0]
     for step, value in enumerate(values[1:]):
         rate = min(0.5, (1 + step) / (10 + step))
         expected = rate * expected + (1 - rate) * value
-    assert average == pytest.approx(expected, rel=1e-4)
+    assert ema.weight.item() == pytest.approx(expected, rel=1e-4)
     losses = [value * (10 if step % 2 else 1) for step, value in enumerate(values)]
     log = np.loadtxt(tmp_path / "log.csv", delimiter=",", skiprows=1)
     assert log[:, 0].tolist() == [1, 10, 30] and log[:, 2] == pytest.approx([1, 6, 5.5], rel=0.1)
     assert log[:, 1] == pytest.approx([losses[0], np.mean(losses[1:10]), np.mean(losses[10:30])], rel=1e-4)
 
-def training(folder, steps=60, stop=None, seed=0, bad=None):
-    """A training of a network with dropout, on random numbers; it stops or goes bad at a step."""
+def training(folder, steps=60, bad=None):
+    """A training of a small network on random numbers; its loss is not finite at the step `bad`."""
     def loss(net, step):
-        if step == stop:
-            raise KeyboardInterrupt
         z = torch.randn(4, 1, 8, 8)
         return sf.rectified_flow_loss(net, z, z.flip(0)) * (math.nan if step == bad else 1)
     torch.manual_seed(5)
     schedule = sf.Schedule(steps=steps, batch=4, lr=1e-3, warmup=0, ema=0.9)
-    return sf.fit(sf.UNet(**NETWORK), loss, schedule, seed, "reflow", folder, blank)
+    picture = lambda ema: torch.zeros(1, 1, 8, 8)  # noqa: E731
+    return sf.fit(sf.UNet(**NETWORK), loss, schedule, 0, "reflow", folder, picture)
 
-def checkpoint(folder):
-    """All that a checkpoint holds, its tensors as bytes."""
-    def plain(x):
-        if isinstance(x, dict):
-            return {name: plain(value) for name, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(value) for value in x]
-        return x.numpy().tobytes() if torch.is_tensor(x) else x
-    return plain(torch.load(folder / "ckpt.pt"))
-
-def test_interrupted_training_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    training(tmp_path / "whole")
-    monkeypatch.setattr(sf, "SAVE_EVERY", 0)
-    for stop in (5, 56):
-        with pytest.raises(KeyboardInterrupt):
-            training(tmp_path / "stopped", stop=stop)
-    assert sf.load_flow(tmp_path / "stopped/ckpt.pt").stage == "reflow"
-    assert torch.load(tmp_path / "stopped/ckpt.pt")["done"] == 50
-    training(tmp_path / "stopped")
-    one, two = tmp_path / "whole", tmp_path / "stopped"
-    assert checkpoint(one) == checkpoint(two)
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("log.csv", "samples.png"))
-
-@pytest.mark.parametrize("saved", [20, None])
-def test_bad_numbers_stop_the_training_and_keep_the_last_checkpoint(tmp_path, saved):
-    if saved:
-        training(tmp_path, steps=saved)
+def test_bad_numbers_stop_the_training_and_keep_the_last_checkpoint(tmp_path):
+    training(tmp_path, steps=20)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(sf.Fault, match="reflow.* not finite after step 50.*--lr" if saved else "not finite"):
+    with pytest.raises(sf.Fault, match=r"reflow.* not finite after step 50.*--lr"):
         training(tmp_path, bad=53)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -419,9 +349,7 @@ def test_a_picture_that_fails_costs_no_more_than_the_picture(tmp_path, monkeypat
     (tmp_path / "samples.png").mkdir()
     training(tmp_path, steps=1)
     assert "samples.png" in capsys.readouterr().err and torch.load(tmp_path / "ckpt.pt")["done"] == 1
-    def interrupted(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(sf, "save_pictures", interrupted)
+    monkeypatch.setattr(sf, "save_pictures", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         training(tmp_path, steps=2)
     assert torch.load(tmp_path / "ckpt.pt")["done"] == 2
@@ -431,17 +359,14 @@ def test_a_picture_that_fails_costs_no_more_than_the_picture(tmp_path, monkeypat
     assert process.returncode == 0 and "MPLBACKEND" in error and error.count("\n") == 1
     assert (tmp_path / "runs/digits/train/ckpt.pt").exists()
 
-def test_networks_load_from_a_str_or_a_path_and_other_files_are_refused(tmp_path):
+def test_a_checkpoint_loads_from_a_str_or_a_path_and_is_refused_where_it_is_cut(tmp_path):
     path = tmp_path / "ckpt.pt"
     training(tmp_path, steps=1)
     one, two = sf.load_flow(path), sf.load_network(str(path))
     assert all(torch.equal(p, q) and not p.requires_grad for p, q in zip(one.parameters(), two.parameters()))
-    data = path.read_bytes()
-    torch.save(dict(model={}), tmp_path / "foreign.pt")
-    for bad in (b"", data[: len(data) // 2], (tmp_path / "foreign.pt").read_bytes()):
-        path.write_bytes(bad)
-        with pytest.raises(sf.Fault, match=r"cannot read .*ckpt\.pt as"):
-            sf.load_flow(path)
+    path.write_bytes(path.read_bytes()[:5_000])
+    with pytest.raises(sf.Fault, match=r"cannot read .*ckpt\.pt as"):
+        sf.load_flow(path)
 
 # ---- 5. Data -----------------------------------------------------------------------------------------------
 def test_digits_are_the_real_ones():
@@ -455,18 +380,15 @@ def test_pixels_survive_the_way_to_floats_and_back():
     assert x[[0, -1]].tolist() == [-1, 1] and torch.equal(sf.to_uint8(x), every)
     assert sf.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
-def colours(seed, *shape):
-    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
-
 @pytest.fixture
 def folder(tmp_path):
     """A folder of images in two classes, and what is in them."""
-    pictures = [colours(i, 8, 8, 3) for i in range(5)]
+    pictures = torch.randint(256, (5, 8, 8, 3), dtype=torch.uint8).numpy()
     for i, picture in enumerate(pictures):
         (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
     (tmp_path / "images/a/README.txt").write_text("no image")
-    return tmp_path / "images", np.stack(pictures).transpose(0, 3, 1, 2)[[0, 2, 4, 1, 3]]
+    return tmp_path / "images", pictures.transpose(0, 3, 1, 2)[[0, 2, 4, 1, 3]]
 
 def little(folder, dataset, classes):
     return tiny(folder.parent, dataset=dataset, shape=(3, 8, 8), label_dim=classes, data_dir=str(folder))
@@ -480,15 +402,11 @@ def test_images_come_from_a_folder_and_are_decoded_once(folder, dataset, classes
     assert y.tolist() == ([0, 0, 0, 1, 1] if classes else [0] * 5)
     shutil.rmtree(folder)
     assert torch.equal(sf.load_images(run)[0], images)
-    (decoded,) = run.folder.iterdir()
-    assert (np.load(decoded, mmap_mode="r")["image"] == pictures).all()
 
 def test_folders_that_do_not_fit_and_damaged_images_are_named(folder):
     folder, _ = folder
     with pytest.raises(sf.Fault, match=r"images holds 2 folders; .* 3 classes"):
         sf.load_images(little(folder, "imagenet64", 3))
-    with pytest.raises(sf.Fault, match=r"cannot find images in nowhere \(--data-dir"):
-        sf.load_images(replace(little(folder, "ffhq64", 0), data_dir="nowhere"))
     (folder / "b/3.png").write_bytes((folder / "b/3.png").read_bytes()[:100])
     run = little(folder, "ffhq64", 0)
     with pytest.raises(sf.Fault, match=r"b/3\.png"):
@@ -496,28 +414,22 @@ def test_folders_that_do_not_fit_and_damaged_images_are_named(folder):
     assert not list(run.folder.glob("*.npy"))
 
 def test_cifar10_comes_by_torchvision_or_says_which_file_goes_where(tmp_path, monkeypatch, refused):
-    cifar, pixels = sf.import_package("torchvision.datasets").CIFAR10, colours(0, 5, 32, 32, 3)
+    cifar = sf.import_package("torchvision.datasets").CIFAR10
+    pixels = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8).numpy()
     monkeypatch.setattr(cifar, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     line = refused(f"train --dataset cifar10 --out {tmp_path}/runs --data-dir {tmp_path}/data")
-    assert "http://127.0.0.1:9/cifar-10-python.tar.gz" in line \
-        and f"(or put it into {tmp_path}/data)" in line
+    assert f"http://127.0.0.1:9/cifar-10-python.tar.gz (or put it into {tmp_path}/data)" in line
     monkeypatch.setattr(cifar, "__init__", lambda self, folder, **options: setattr(self, "data", pixels))
     images, y = sf.load_images(replace(sf.PRESETS["cifar10"], data_dir=str(tmp_path / "data")))
     assert y.tolist() == [0] * 5 and (images.numpy() == pixels.transpose(0, 3, 1, 2)).all()
 
-def test_rows_are_written_without_holding_them_and_a_full_disk_is_one_line(tmp_path):
+def test_rows_are_written_and_read_without_holding_them(tmp_path):
     columns, path = [("noise", "f2", (2, 2)), ("y", "i8")], tmp_path / "rows.npy"
     chunks = ([(np.full((2, 2), i), i)] * 2 for i in range(3))
     sf.save_rows(path, columns, 6, chunks)
     rows = sf.load_rows(path)
     assert isinstance(rows, np.memmap) and rows["y"].tolist() == [0, 0, 1, 1, 2, 2]
     assert (rows["noise"] == rows["y"][:, None, None]).all()
-    def full():
-        yield [(np.zeros((2, 2)), 0)]
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(sf.Fault, match=r"cannot write .*rows\.npy: No space left on device"):
-        sf.save_rows(path, columns, 9, full())
-    assert len(sf.load_rows(path)) == 6 and list(tmp_path.iterdir()) == [path]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(sf.Fault, match=r"cannot read .*rows\.npy"):
         sf.load_rows(path)
@@ -525,6 +437,10 @@ def test_rows_are_written_without_holding_them_and_a_full_disk_is_one_line(tmp_p
 # ---- 6. Stages ---------------------------------------------------------------------------------------------
 def rows_of(run, stage="pairs"):
     return np.load(run.folder / stage / "pairs.npy")
+
+def checkpoint(folder):
+    """All that a checkpoint holds, its tensors as bytes."""
+    return tree_map_only(torch.Tensor, lambda x: x.numpy().tobytes(), torch.load(folder / "ckpt.pt"))
 
 def contents(run):
     """What a finished run ends in, as bytes: pairs, logs, settings, checkpoints."""
@@ -534,22 +450,18 @@ def contents(run):
 
 def handed_to_fit(run, stage, **given):
     """The network that a stage would train, and its loss."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sf, "fit", lambda net, loss, *rest: kept.extend([net, loss]))
-        kept = []
+    with mock.patch.object(sf, "fit") as fit:
         sf.STAGES[stage](run, **sf.settle(run, stage, {}) | given)
-    return kept
+    return fit.call_args.args[:2]
 
 def batches(run, stage, name, steps=40, **given):
     """What a stage's loss hands to sf.<name> in its first steps: a list of arguments."""
     net, loss = handed_to_fit(run, stage, **given)
-    with pytest.MonkeyPatch.context() as patch:
-        seen, work = [], getattr(sf, name)
-        patch.setattr(sf, name, lambda *args, **options: seen.append(args) or work(*args, **options))
+    with mock.patch.object(sf, name, wraps=getattr(sf, name)) as called:
         for step in range(steps):
             sf.seed_all(0, stage, step)
             loss(net, step)
-    return seen
+    return [call.args for call in called.call_args_list]
 
 def place(noise, stored):
     """For each noise of a batch the row that is it, or -1."""
@@ -570,8 +482,6 @@ def copied(whole, tmp_path):
     return replace(whole, out=str(tmp_path / "copy"))
 
 def test_the_first_stages_are_made_first_and_the_seed_decides_all(whole, tmp_path, capsys):
-    for stage, file in (("train", "log.csv"), ("pairs", "samples.png"), ("distill", "samples.png")):
-        assert (whole.folder / stage / file).stat().st_size > 0
     torch.manual_seed(5)  # what was drawn before does not matter
     again, other = tiny(tmp_path / "again"), tiny(tmp_path / "other", seed=1)
     assert sf.run_stage(again, "distill")
@@ -586,19 +496,17 @@ def test_the_first_stages_are_made_first_and_the_seed_decides_all(whole, tmp_pat
 
 def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, monkeypatch):
     monkeypatch.setattr(sf, "SAMPLE_BATCH", 10)
-    work, calls = sf.sample, []
-    def interrupted(*args, **options):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return work(*args, **options)
     shutil.rmtree(copied.folder / "pairs")
     sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=55)))
     expected = rows_of(copied)
     assert len(np.unique(expected["noise"].reshape(55, -1), axis=0)) == 55
     shutil.rmtree(copied.folder / "pairs")
+    work, calls = sf.sample, []
+    def interrupted(*args, **options):
+        calls.append(args)
+        return 1 / 0 if len(calls) == 3 else work(*args, **options)
     monkeypatch.setattr(sf, "sample", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ZeroDivisionError):
         sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=38)))
     assert sf.count_done(copied, "pairs") == 0
     sf.run_stage(copied, "pairs")  # two batches are there; the interrupted one and the last are made
@@ -610,10 +518,10 @@ def test_train_mirrors_each_image_by_its_own_coin_and_reflow_the_whole_batch(cop
     mirrored = replace(copied, mirror=True)
     images = sf.to_float(sf.load_images(copied)[0]).numpy()
     rows = [place(data, images) for _, _, data, _ in batches(mirrored, "train", "rectified_flow_loss")]
-    plain = [place(data, images) for _, _, data, _ in batches(copied, "train", "rectified_flow_loss")]
     flipped = [row.count(-1) for row in rows]
     assert 100 < sum(flipped) < 220 and np.std(flipped) > 0 and max(flipped) < 8  # of 320
-    assert min(map(min, plain)) >= 0
+    for _, _, data, _ in batches(copied, "train", "rectified_flow_loss"):
+        assert min(place(data, images)) >= 0
     stored, coins = rows_of(copied), []
     for _, noise, data, _ in batches(mirrored, "reflow", "rectified_flow_loss", anneal=0.0):
         coins.append(min(place(noise, stored["noise"])) < 0)
@@ -636,10 +544,9 @@ def test_reflow_starts_on_random_pairs_and_ends_on_the_stored_ones(whole):
 def test_distill_starts_from_the_2_flow_which_guides_it_on_fresh_noise(whole):
     flow, stored = sf.load_flow(whole.folder / "reflow/ckpt.pt"), rows_of(whole)
     net, _ = handed_to_fit(whole, "distill")
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), flow.parameters()))
-    assert all(p.requires_grad for p in net.parameters())
-    for _, noise, data, *_ in batches(whole, "distill", "distillation_loss", 5):
-        assert (data.numpy() == stored["data"][place(noise, stored["noise"])]).all()
+    assert all(torch.equal(p, q) and p.requires_grad for p, q in zip(net.parameters(), flow.parameters()))
+    for _, noise, data, D, _ in batches(whole, "distill", "distillation_loss", 5):
+        assert (data.numpy() == stored["data"][place(noise, stored["noise"])]).all() and D is sf.huber
     seen = batches(whole, "distill", "guidance_loss", 5)
     assert all(torch.equal(p, q) for p, q in zip(seen[0][1].parameters(), flow.parameters()))
     noises = torch.cat([args[2] for args in seen])
@@ -652,12 +559,8 @@ def test_guidance_is_added_with_its_weight(whole):
         net, loss = handed_to_fit(whole, "distill", guidance=weight)
         torch.manual_seed(0)
         losses.append(loss(net.eval(), 0).item())
-    flow = sf.load_flow(whole.folder / "reflow/ckpt.pt")
-    torch.manual_seed(0)
-    noise, data, _ = sf.draw_batch(whole, 8, sf.load_pairs(whole, "pairs"))
-    naive = sf.distillation_loss(net, noise, data, sf.huber).item()
-    guidance = sf.guidance_loss(net, flow, torch.randn_like(noise), sf.huber).item()
-    assert losses == pytest.approx([naive, naive + guidance, naive + 3 * guidance])
+    naive, guided, more = losses
+    assert guided > naive and more - naive == pytest.approx(3 * (guided - naive))
 
 def passes(loss, *nets):
     """Forward passes that a step of training costs; a backward pass counts as two."""
@@ -691,8 +594,7 @@ def test_distill_makes_pairs_of_its_own_where_the_2_flow_gives_the_targets(copie
         assert (data.numpy() == own["data"][place(noise, own["noise"])]).all()
 
 def test_pairs_are_the_teachers_also_with_classes(tmp_path):
-    classes = NETWORK | dict(label_dim=10)
-    networks = dict(teacher=classes, small=classes)
+    networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(label_dim=10))
     run = tiny(tmp_path, dict(pairs=dict(pairs=90)), label_dim=10, networks=networks)
     sf.run_stage(run, "distill")
     teacher = sf.load_flow(run.folder / "train/ckpt.pt")
@@ -700,24 +602,18 @@ def test_pairs_are_the_teachers_also_with_classes(tmp_path):
     assert set(y.tolist()) == set(range(10)) and y.tolist() == rows_of(run)["y"].tolist()
     x, _ = sf.sample(teacher, noise.float(), y=y, **run.precise)
     torch.testing.assert_close(x.half(), data, atol=2e-3, rtol=2e-3)
-    files = {path.name for path in (run.folder / "pairs").iterdir()}
-    assert files == {"pairs.npy", "samples.png", "settings.json"} and len(noise.unique(dim=0)) == 90
+    assert not list(run.folder.rglob("from_*.npy"))
 
-def settings(run, stage):
-    return json.loads((run.folder / stage / "settings.json").read_text())
-
-def test_what_is_not_given_is_remembered_and_else_the_presets(tmp_path, monkeypatch, ran):
+def test_what_is_not_given_is_remembered_and_else_the_presets(ran, refused):
     ran("train --lr 0.01 --seed 3")
-    assert settings(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3)
+    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3)
     ran("train --steps 20")
-    assert settings(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, steps=20)
-    monkeypatch.setattr(sf, "load_pairs", lambda *args: 1 / 0)  # interrupted before its first checkpoint
-    with pytest.raises(ZeroDivisionError):
-        sf.run_stage(tiny("runs"), "reflow", dict(reflow=dict(anneal=0.25)))
-    monkeypatch.undo()
-    sf.run_stage(replace(tiny(tmp_path / "runs"), out=str(tmp_path / "runs")), "distill")
-    run = tiny(tmp_path / "runs")
-    assert settings(run, "reflow")["anneal"] == 0.25 and settings(run, "reflow")["seed"] == 0
+    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, steps=20)
+    with mock.patch.object(sf, "load_pairs", side_effect=KeyboardInterrupt):  # before a first checkpoint
+        assert "interrupted" in refused("reflow --anneal 0.25")
+    ran("distill")
+    made = sf.remembered(tiny("runs"), "reflow")
+    assert made["anneal"] == 0.25 and made["seed"] == 0
 
 def test_more_steps_or_pairs_set_aside_what_was_made_and_never_raise_b(copied):
     before = contents(copied)
@@ -739,12 +635,11 @@ def test_a_finished_stage_reads_no_weights(copied, monkeypatch, ran):
 def test_fresh_renames_the_stage_and_those_made_from_it(copied, ran, refused):
     before = contents(copied)
     ran(f"reflow --fresh --seed 1 --out {copied.out}")
-    assert (copied.folder / "pairs").exists() and not (copied.folder / "distill").exists()
+    assert (copied.folder / "pairs").exists() and (copied.folder / "distill.1").exists()
     assert checkpoint(copied.folder / "reflow.1") == before["reflow"]
-    assert checkpoint(copied.folder / "distill.1") == before["distill"]
-    assert settings(copied, "reflow")["seed"] == 1
+    assert sf.remembered(copied, "reflow")["seed"] == 1
     ran(f"reflow --fresh --out {copied.out}")
-    assert (copied.folder / "reflow.2").exists() and settings(copied, "reflow")["seed"] == 0
+    assert (copied.folder / "reflow.2").exists() and sf.remembered(copied, "reflow")["seed"] == 0
     torch.save(dict(step=12), copied.folder / "reflow/ckpt.pt")  # of another edition
     assert "start over with --fresh" in refused(f"reflow --out {copied.out}")
     (copied.folder / "reflow/settings.json").write_text('{"steps": 12}')
@@ -752,8 +647,7 @@ def test_fresh_renames_the_stage_and_those_made_from_it(copied, ran, refused):
 
 @pytest.mark.parametrize("line, word", [
     ("distill --guidance 2", "--guidance 1.0"), ("distill --distance l2", "--distance huber"),
-    ("all --seed 1", "--seed 0"), ("reflow --anneal 0.7", "--anneal 0.5"), ("distill --batch 4", "--batch 8"),
-    ("reflow --anneal-schedule cosine", "--anneal-schedule linear"), ("train --lr 1", "--lr 0.002"),
+    ("all --seed 1", "--seed 0"), ("reflow --anneal 0.7", "--anneal 0.5"), ("train --lr 1", "--lr 0.002"),
     ("pairs --pairs 39", "--pairs 40"), ("train --batch 4 --steps 20", "--batch 8"),
     ("train --steps 11", "--steps 12"), ("pairs --teacher x.pkl", "--teacher None"),
 ])  # fmt: skip
@@ -777,34 +671,24 @@ def test_an_external_teacher_is_one_file_however_it_is_named(copied, ran, refuse
     later = time.time() + 60
     os.utime("t.pt", (later, later))
     assert "has changed since it made" in refused("pairs --pairs 50 --out ../runs")
-    assert "teacher is left out: " in ran("eval --out ../runs") if ran("reflow --out ../runs") else True
+    ran("reflow --out ../runs")
+    assert "teacher is left out: " in ran("eval --out ../runs")
     Path("t.pt").unlink()
     assert "No such file" in ran("eval --out ../runs")
 
-def test_a_mistyped_teacher_does_not_stick(ran, refused):
-    Path("no.pkl").write_bytes(b"<html>")
-    for name in ("no.pkl", "gone.pkl"):
-        assert name in refused(f"pairs --teacher {name}")
-    ran("pairs")
-    assert settings(tiny("runs"), "pairs")["teacher"] is None
-
-TINY_COMMAND = """
+COMMAND = """
 import sys, slimflow as sf, test_slimflow as tests
-sf.SAVE_EVERY = 0
-sf.PRESETS["digits"] = tests.slow(sys.argv.pop(1))
+sf.SAVE_EVERY, sf.SAMPLE_BATCH = 0, 10
+sf.PRESETS["digits"] = tests.tiny("runs")
 sys.exit(sf.main())
 """
-
-def slow(out):
-    """A miniature whose reflow is long enough to be killed in."""
-    return tiny(out, dict(reflow=dict(steps=400)))
 
 def test_killed_in_mid_reflow_it_ends_as_if_it_never_was(copied, tmp_path):
     shutil.rmtree(copied.folder / "reflow")
     shutil.rmtree(copied.folder / "distill")
     shutil.copytree(copied.out, tmp_path / "killed")
-    whole, killed = slow(copied.out), slow(tmp_path / "killed")
-    command = "-c", TINY_COMMAND, killed.out, "distill"
+    killed = replace(copied, out=str(tmp_path / "killed"))
+    command = "-c", COMMAND, "reflow", "--steps", 400, "--out", killed.out
     with python(*command) as process:
         while sf.count_done(killed, "reflow") < 50:
             assert process.poll() is None
@@ -814,22 +698,15 @@ def test_killed_in_mid_reflow_it_ends_as_if_it_never_was(copied, tmp_path):
         assert second.returncode == 2 and re.fullmatch("slimflow: another run works in .*\n", error)
         process.kill()
     assert 50 <= sf.count_done(killed, "reflow") < 400
-    with python(*command) as process:
+    with python("-c", COMMAND, "distill", "--out", killed.out) as process:
         out, error = process.communicate()
     assert process.returncode == 0 and error == "" and "goes on from step" in out
-    sf.run_stage(whole, "distill")
-    assert contents(killed) == contents(whole)
-
-TWO_PROCESSES = """
-import sys, slimflow as sf, test_slimflow as tests
-sf.SAMPLE_BATCH = 10
-sf.PRESETS["digits"] = tests.tiny("two")
-sys.exit(sf.main(sys.argv[1:]))
-"""
+    sf.run_stage(copied, "distill", dict(reflow=dict(steps=400)))
+    assert contents(killed) == contents(copied)
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
     """Each of two draws half of the batch: alone, the loss is the mean of both halves' losses."""
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    (tmp_path / "two.py").write_text(COMMAND)
     command = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "two.py", "distill"
     with python(*command, cwd=tmp_path) as process:
         work = sf.fit
@@ -843,8 +720,8 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
             return work(net, mean_of_halves, schedule, seed, stage, *rest)
         monkeypatch.setattr(sf, "fit", fit)
         monkeypatch.setattr(sf, "SAMPLE_BATCH", 10)
-        half = dict(batch=4)
-        one, two = tiny(tmp_path / "one", dict(train=half, reflow=half, distill=half)), tiny(tmp_path / "two")
+        halves = {stage: dict(batch=4) for stage in ("train", "reflow", "distill")}
+        one, two = tiny(tmp_path / "one", halves), tiny(tmp_path / "runs")
         sf.run_stage(one, "distill")
         out, error = process.communicate()
     assert process.returncode == 0, error
@@ -857,9 +734,9 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
             torch.testing.assert_close(a["ema"][name], b["ema"][name], atol=2e-4, rtol=1e-3)
 
 def test_processes_are_torchruns_and_divide_the_batch(tmp_path, monkeypatch, refused):
-    for size in ("", "4"):  # of a container, or of Slurm
-        with python("-c", "import slimflow; print(slimflow.WORLD)", env=os.environ | dict(
-                PYTHONPATH=str(HERE), WORLD_SIZE=size)) as process:
+    for size in ("", "4"):  # of a container, of Slurm
+        others = os.environ | dict(PYTHONPATH=str(HERE), WORLD_SIZE=size)
+        with python("-c", "import slimflow; print(slimflow.WORLD)", env=others) as process:
             assert process.communicate() == ("1\n", "")
     monkeypatch.setattr(sf, "WORLD", 3)
     assert "without torchrun" in refused("eval")
@@ -869,27 +746,23 @@ def test_processes_are_torchruns_and_divide_the_batch(tmp_path, monkeypatch, ref
 # ---- 7. Command line ---------------------------------------------------------------------------------------
 def test_the_whole_pipeline_ends_in_a_table_and_a_picture(ran):
     out = ran("")
-    names = "teacher, 1 step", "2-flow, 1 step", "naive, 1 step", "guided, 1 step"
-    for row in ("teacher, precise", *names, "floor"):
+    for row in ("teacher, precise", "teacher, 1", "2-flow, 1", "naive, 1", "guided, 1", "floor"):
         (line,) = [line for line in out.splitlines() if line.startswith(row)]
         assert "nan" not in line
     assert all(Path("runs/digits", stage, "samples.png").exists() for stage in sf.STAGES)
     assert Path("runs/digits/summary.png").stat().st_size > 10_000 and not list(Path().rglob("*.tmp"))
     assert "all stages are finished" in ran("")
-    ran("distill --steps 15")
-    assert "naive, into" in ran("") and sf.count_done(tiny("runs"), "naive") == 15 * 7 // 3
     out = ran("all --fresh --guidance 0")
     assert "naive, into" in out and "guided is left out" in out
     assert {path.stem for path in Path("runs/digits").glob("*.1")} == set(sf.STAGES)
 
 def test_slimflow_is_a_command(tmp_path):
     command = HERE / "slimflow.py", "train", "--steps", 3, "--batch", 8, "--out", "\u6570\u5b57"
-    environment = os.environ | dict(PYTHONIOENCODING="cp1252")  # as a file on Windows
-    with python(*command, cwd=tmp_path, env=environment) as process:
+    windows = os.environ | dict(PYTHONIOENCODING="cp1252")
+    with python(*command, cwd=tmp_path, env=windows) as process:
         out, error = process.communicate()
     assert process.returncode == 0 and error == "" and "3/3 steps" in out
-    files = {path.name for path in (tmp_path / "\u6570\u5b57/digits/train").iterdir()}
-    assert files == {"ckpt.pt", "log.csv", "samples.png", "settings.json"}
+    assert (tmp_path / "\u6570\u5b57/digits/train/ckpt.pt").exists()
 
 def test_flags_reach_the_stage_that_they_are_for(monkeypatch):
     calls = []
@@ -937,33 +810,24 @@ def test_sample_writes_a_picture_and_an_array(whole, ran, refused):
     assert "samples.png" in refused(f"sample --ckpt {ckpt} --n 2 --npz b.npz")
     assert np.load("b.npz")["arr_0"].shape == (2, 8, 8, 1)
 
-
 MISTAKES = """
 dance | there is no command dance; choose from all, train
 train --datas cifar10 | --help
 train --dataset mnist | mnist
 train --steps 0 | --steps 0 is not a number from 1 on
-train --steps 1.5 | 1.5
-train --seed -1 | --seed -1
 train --lr nan | --lr nan
-train --device tpu | tpu
 train --guidance 1 | it is for all, distill
-distill --student 0.19M | it is for all, reflow
 all --steps 5 | it is for train, reflow, distill, sample
 train --out a_file | a_file
 train --data-dir empty | not for the digits; name a data set with --dataset
 eval --ref foreign.pt | not for the digits
-train --dataset ffhq64 --data-dir nowhere | nowhere
+train --dataset ffhq64 --data-dir nowhere | cannot find images in nowhere (--data-dir
 train --dataset imagenet64 --data-dir empty | empty
 pairs --teacher nowhere.pkl | nowhere.pkl
 pairs --teacher a_file | a_file as
 reflow --dataset cifar10 --student 0.19M | choose from 27.9M, 15.7M
-reflow --anneal-schedule square | square
-distill --distance l3 | l3
 sample | runs/digits/distill/ckpt.pt
-sample --ckpt empty | empty
 sample --ckpt foreign.pt | cannot read foreign.pt
-sample --ckpt good.pt --n 0 | --n 0
 sample --ckpt good.pt --solver heun | needs --steps
 sample --ckpt good.pt --steps 5 | leave out --steps
 sample --ckpt good.pt --n 2 --npz a_file/x.npz | a_file
@@ -978,7 +842,7 @@ def test_mistakes_get_one_line(row, ran, refused, whole):
     torch.save({}, "foreign.pt")
     shutil.copy(whole.folder / "train/ckpt.pt", "good.pt")
     assert expected in refused(line)
-    assert Path("a_file").read_text() == "a file" and not list(Path().rglob("ckpt.pt"))
+    assert Path("a_file").read_text() == "a file" and not list(Path().glob("runs/digits/*/*"))
 
 def test_help_of_a_command_has_its_flags_and_the_presets_values(capsys):
     def shown(line):
@@ -987,19 +851,15 @@ def test_help_of_a_command_has_its_flags_and_the_presets_values(capsys):
         return " ".join(capsys.readouterr().out.split())
     out = shown("distill --help")
     assert "--guidance" in out and "--student" not in out and "[digits 800, cifar10 400000," in out
-    assert "[digits teacher, cifar10 2-flow," in out and "[digits 1500, cifar10 500000," in out
     out = shown("--help")
     assert all(f" {command} " in out for command in sf.COMMANDS) and "[digits 1500, cifar10 50000," in out
 
 # ---- 8. Evaluation -----------------------------------------------------------------------------------------
-def test_frechet_distance_is_the_recorded_one():
-    r = np.random.RandomState(5)
-    a, b = r.randn(500, 16), r.randn(500, 16) @ r.randn(16, 16) / 4 + 0.3
+def test_frechet_distance_is_the_recorded_one_and_the_closed_form_of_singular_covariances():
+    random = np.random.RandomState(5)
+    a, b = random.randn(500, 16), random.randn(500, 16) @ random.randn(16, 16) / 4 + 0.3
     moments = [m for x in (a, b) for m in sf.moments(torch.from_numpy(x).split(70))]
     assert sf.frechet_distance(*moments) == pytest.approx(6.923588813096066, rel=1e-6)
-
-def test_frechet_distance_has_its_closed_forms_also_where_covariances_are_singular():
-    random = np.random.RandomState(0)
     a, b, mu1, mu2 = random.randn(40, 5), random.randn(40, 5), random.randn(40), random.randn(40)
     traces = ((mu1 - mu2) ** 2).sum() + (a**2).sum() + (b**2).sum()
     expected = traces - 2 * np.linalg.svd(a.T @ b, compute_uv=False).sum()
@@ -1014,13 +874,6 @@ def test_straightness_is_zero_for_straight_flows_only():
     bend = sf.straightness(lambda x, t, y: 2 * t[:, None].expand_as(x), z)
     assert bend == pytest.approx((2 * t).var(), rel=1e-6)
 
-def optional(name):
-    """An optional package, or the test is skipped."""
-    try:
-        return sf.import_package(name)
-    except sf.Fault as fault:
-        pytest.skip(str(fault))
-
 def test_missing_packages_are_named_before_anything_is_trained(ran, refused, monkeypatch, tmp_path):
     sf.lpips_network.cache_clear()
     for name in ("lpips", "torch_fidelity"):
@@ -1030,6 +883,13 @@ def test_missing_packages_are_named_before_anything_is_trained(ran, refused, mon
     assert "pip install torch-fidelity" in refused("all --dataset ffhq64")
     assert not list(tmp_path.glob("*/*/*/*"))
 
+def optional(name):
+    """An optional package, or the test is skipped."""
+    try:
+        return sf.import_package(name)
+    except sf.Fault as fault:
+        pytest.skip(str(fault))
+
 @pytest.mark.parametrize("name, make", [("lpips", sf.lpips_network), (
     "torch_fidelity.feature_extractor_inceptionv3", sf.inception_features)])
 def test_weights_that_are_a_web_page_are_one_line(name, make, monkeypatch, tmp_path):
@@ -1037,7 +897,6 @@ def test_weights_that_are_a_web_page_are_one_line(name, make, monkeypatch, tmp_p
     (tmp_path / "checkpoints").mkdir()
     for file in ("vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"):
         (tmp_path / "checkpoints" / file).write_text("<html>")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     sf.lpips_network.cache_clear()
     with pytest.raises(sf.Fault, match=r"cannot use or download .*\(or put it into .*\): it is damaged"):
@@ -1057,7 +916,6 @@ def test_lpips_is_the_packages_at_64_pixels(monkeypatch):
     resize = partial(nn.functional.interpolate, size=64, mode="bilinear", align_corners=True)
     theirs = package.LPIPS(net="vgg", verbose=False).eval()(resize(a), resize(b)).flatten()
     torch.testing.assert_close(d, theirs)
-    sf.lpips_network.cache_clear()
 
 def test_inception_features_are_the_packages(monkeypatch):
     package = optional("torch_fidelity.feature_extractor_inceptionv3")
@@ -1069,21 +927,19 @@ def test_inception_features_are_the_packages(monkeypatch):
 def test_table_compares_with_the_training_images_or_with_given_statistics(folder, monkeypatch, capsys):
     """The table of a paper preset, with pixels' means in place of Inception's features."""
     def means(pictures):
-        return pictures.float().flatten(1)[:, : 2048].mean(dim=1, keepdim=True) * torch.ones(2048)
-
+        return pictures.float().flatten(1).mean(dim=1, keepdim=True).expand(-1, 2048)
     def distances(run, ref=None):
         capsys.readouterr()
         sf.evaluate(run, ref)
         out = capsys.readouterr().out
         assert "FID" in out and "naive is left out" in out
         return [float(re.search(rf"^{name}.* ([-\d.]+)$", out, re.MULTILINE).group(1)) for name in names]
-
     names = "teacher, precise", "teacher, 1 step", "2-flow, 1 step", "guided, 1 step"
     monkeypatch.setattr(sf, "inception_features", lambda device: means)
     monkeypatch.setattr(sf, "frechet_distance", lambda mu1, cov1, mu2, cov2: float(mu1[0] - mu2[0]))
-    network, (folder, pictures) = NETWORK | dict(channels=3), folder
-    run = little(folder, "ffhq64", 0)
-    run = replace(run, networks=dict(teacher=network, small=network), n=40)
+    folder, pictures = folder
+    networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(channels=3))
+    run = replace(little(folder, "ffhq64", 0), networks=networks, n=40)
     sf.run_stage(run, "distill")
     own, real = distances(run), pictures.mean()
     student = sf.load_flow(run.folder / "distill/ckpt.pt")
@@ -1094,26 +950,24 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(folder
     np.savez(folder / "stats.npz", mu=np.full(2048, real + 10), sigma=np.zeros((2048, 2048)))
     given = distances(replace(run, data_dir="nowhere"), folder / "stats.npz")  # needs no images
     assert given[3] == pytest.approx(own[3] - 10, abs=0.01)
-    for wrong in (dict(mu=np.zeros(64), sigma=np.zeros((64, 64))), dict(m=np.zeros(2048))):
-        np.savez(folder / "stats.npz", **wrong)
-        with pytest.raises(sf.Fault, match=r"cannot read .*stats\.npz: it is no npz with mu"):
-            sf.evaluate(run, folder / "stats.npz")
+    np.savez(folder / "stats.npz", mu=np.zeros(64), sigma=np.zeros((64, 64)))
+    with pytest.raises(sf.Fault, match=r"cannot read .*stats\.npz: it is no npz with mu"):
+        sf.evaluate(run, folder / "stats.npz")
 
-def test_the_digits_classifier_sees_neither_side_of_a_distance(monkeypatch):
+def test_the_digits_classifier_sees_neither_side_of_a_distance():
     """It is trained on every other scan; the floor is what new draws of the same distribution get."""
-    run, seen = replace(sf.PRESETS["digits"], n=5_000, device="cpu"), []
+    run = replace(sf.PRESETS["digits"], n=5_000, device="cpu")
     images, y = sf.load_images(run)
-    def pixels(run, images, y):
-        seen.append((images, y))
-        return lambda pictures: pictures.float().flatten(1)[:, 20:30]
-    monkeypatch.setattr(sf, "digit_features", pixels)
-    features, real, floor = sf.reference(run, None)
-    assert torch.equal(seen[0][0], images[::2]) and torch.equal(seen[0][1], y[::2])
+    features = lambda pictures: pictures.float().flatten(1)[:, 20:30]  # noqa: E731
+    with mock.patch.object(sf, "digit_features", return_value=features) as trained:
+        _, real, floor = sf.reference(run, None)
+    _, seen, classes = trained.call_args.args
+    assert torch.equal(seen, images[::2]) and torch.equal(classes, y[::2])
     assert torch.equal(real[0], sf.moments([features(images[1::2])])[0])
     L = torch.linalg.cholesky(real[1])
-    fresh = [real[0] + torch.randn(5_000, 10, dtype=torch.float64) @ L.T for _ in range(30)]
-    few = [real[0] + torch.randn(898, 10, dtype=torch.float64) @ L.T for _ in range(30)]
-    perfect = [sf.frechet_distance(*sf.moments([a]), *sf.moments([b])) for a, b in zip(fresh, few)]
+    def drawn(n):
+        return sf.moments([real[0] + torch.randn(n, 10, dtype=torch.float64) @ L.T])
+    perfect = [sf.frechet_distance(*drawn(5_000), *drawn(898)) for _ in range(30)]
     assert floor == pytest.approx(np.mean(perfect), rel=0.35)
 
 def test_what_is_unfinished_or_too_small_is_said(copied, monkeypatch, ran, refused):
@@ -1200,13 +1054,11 @@ def test_edm_teacher_as_a_flow_is_its_denoiser(edm):
     torch.testing.assert_close(teacher(x, t, y), data - (x - s * data) / (1 - s))
     assert all(teacher(x, torch.full((2,), t).double(), y).isfinite().all() for t in (0, sf.T0, 1))
 
+@pytest.mark.parametrize("edm", ["ddpm++"], indirect=True)
 def test_pairs_and_samples_come_from_an_edm_teacher_and_train_is_skipped(edm, ran, refused, monkeypatch):
-    path, kind = edm
-    if kind == "adm":
-        pytest.skip("DDPM++ is enough")
+    path, _ = edm
     assert "classes, not digits" in refused(f"pairs --teacher {path}")
-    small = NETWORK | dict(resolution=16, channels=3)
-    networks = dict(teacher=small, small=small)
+    networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(resolution=16, channels=3))
     run = tiny("runs", dict(pairs=dict(pairs=4)), shape=(3, 16, 16), networks=networks)
     monkeypatch.setitem(sf.PRESETS, "digits", run)
     monkeypatch.setattr(sf, "SAMPLE_BATCH", 4)
@@ -1218,7 +1070,7 @@ def test_pairs_and_samples_come_from_an_edm_teacher_and_train_is_skipped(edm, ra
     ran(f"sample --ckpt {path} --n 2 --solver adams --steps 3 --npz a.npz")
     assert np.load("a.npz")["arr_0"].shape == (2, 16, 16, 3)
 
-@pytest.mark.parametrize("other", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "NCSN++"])
+@pytest.mark.parametrize("other", ["VPPrecond", "NCSN++"])
 def test_networks_of_another_kind_are_named(other, nvidia, tmp_path, refused):
     objects = edm_objects(fill(sf.UNet(**RECORDED["ddpm++"][0])).float())
     if other == "NCSN++":
@@ -1253,7 +1105,6 @@ def test_hostile_files_run_nothing_and_get_one_line(nvidia, tmp_path, monkeypatc
         system=pickle.dumps(Call(os.system, "touch pwned")),
         eval=pickle.dumps(dict(ema=Call(eval, code))),
         weight=with_weight(Call(eval, code)),
-        exec=pickle.dumps(dict(ema=Call(exec, code, {}))),
         module_src=pickle.dumps(dict(ema=Call(rebuild, meta))),
         nested=with_weight(Call(torch._utils._rebuild_tensor_v2, nested, 0, (128, 32), (32, 1), False, {})),
         missing_weight=with_weight(None), wrong_shape=with_weight(nn.Parameter(torch.zeros(3))),
@@ -1409,14 +1260,9 @@ def cells(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     return [cell | dict(source="".join(cell["source"])) for cell in notebook["cells"]]
 
-@pytest.fixture(scope="module")
-def notebook_folder(tmp_path_factory):
-    """The folder in which all of them run, so that they share a teacher."""
-    return tmp_path_factory.mktemp("notebooks")
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_and_its_solutions_run(path, notebook_folder, monkeypatch):
-    monkeypatch.chdir(notebook_folder)
+def test_notebook_and_its_solutions_run(path, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.getbasetemp())  # of all of them, so that they share a teacher
     monkeypatch.setattr(sys, "path", [str(HERE / "notebooks"), *sys.path])
     monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(Image=lambda data, format: 0))
     names, exercise, pictures = {}, "", 0
