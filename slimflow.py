@@ -108,8 +108,8 @@ def guidance_loss(student, two_flow, noise, distance, y=None, t=None):
     if t is None:
         t = 0.2 + 0.6 * torch.rand(len(noise), device=noise.device)
     image = one_step(student, noise, y)
-    with torch.no_grad():  # in the paper's equation the first step to m is the 2-flow's too
-        middle = interpolate(noise, image, t)
+    with torch.no_grad():
+        middle = interpolate(noise, image, t)  # in the paper's equation this step too is the 2-flow's
         target = last_step(two_flow, middle, t, y)
     return distance(image, target).mean()
 
@@ -462,7 +462,8 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
             due = done == schedule.steps or time.monotonic() - saved > SAVE_EVERY
             if folder and RANK == 0 and due:
                 keep(folder, parts, dict(stage=stage, done=done, rows=rows, config=net.config))
-                draw_samples(folder, partial(picture, ema))
+                if picture:
+                    draw_samples(folder, partial(picture, ema))
                 saved = time.monotonic()
         report(done, f"loss {rows[-1][1]:.4f}")
     return ema
@@ -651,17 +652,13 @@ def load_rows(path):
     with trying(f"read {path}", "it is damaged; remove it"):
         return np.load(path, mmap_mode="c")
 
-def precise_solver(run, flow):
-    """Arguments of `sample` that solve a flow's ODE precisely: EDM's networks take 36 steps of `adams`."""
-    return dict(solver="adams", steps=36) if isinstance(flow, EDMTeacher) else run.precise
-
 def write_pairs(run, stage, flow, n, seed):
     """Fill <stage>/pairs.npy up to n rows: noise z, the image x at the end of the flow's ODE, the class y.
 
     The processes, of one host or several, share the batches, and each batch gets a file of its own: an
     interrupted run goes on from those that are there. At the end the first process joins them.
     """
-    path, solver = run.folder / stage / "pairs.npy", precise_solver(run, flow)
+    path, solver = run.folder / stage / "pairs.npy", getattr(flow, "precise", run.precise)
     columns = [("noise", "f2", run.shape), ("data", "f2", run.shape), ("y", "i8")]
     there = len(load_rows(path)) if path.exists() else 0
     if there >= n:
@@ -807,11 +804,13 @@ STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, nai
 MADE_FROM = dict(pairs="train", reflow="pairs", distill="reflow", naive="reflow")
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
 
-def made_from(run, stage):
+def dependants(run, stage):
     """The stages that are made from this one, and those made from them."""
-    after = [name for name, source in MADE_FROM.items() if source == stage]
-    after = [name for name in after if not remembered(run, name).get("teacher")]  # made from a file instead
-    return after + [last for name in after for last in made_from(run, name)]
+    found = []
+    for name, source in MADE_FROM.items():
+        if source == stage and not remembered(run, name).get("teacher"):  # else it is made from a file
+            found += [name, *dependants(run, name)]
+    return found
 
 def remembered(run, stage):
     """The settings in a stage's folder, {} if there are none."""
@@ -826,31 +825,35 @@ def count_done(run, stage):
         if not path.exists():
             return 0
         if stage == "pairs":
-            return len(np.load(path, mmap_mode="r"))
+            return len(np.load(path, mmap_mode="r")["noise"])
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"]
+
+def preset_settings(run, stage):
+    """The preset's settings of a stage; the naive student has those of the guided one."""
+    return dict(seed=run.seed) | run.settings["distill" if stage == "naive" else stage]
 
 def settle(run, stage, given):
     """A stage's settings: each is what is given, else what its folder remembers, else the preset's.
 
-    Fault where a given one differs from the remembered one. But more steps or pairs are taken, and another lr
-    while something is left to train.
+    Fault if results were made with another one. But more steps or pairs are taken, and another lr while
+    something is left to train.
     """
-    made, goal = remembered(run, stage), GOAL[stage]
-    preset = dict(seed=run.seed) | run.settings["distill" if stage == "naive" else stage]
+    folder, goal, done = run.folder / stage, GOAL[stage], count_done(run, stage)
+    made, preset = remembered(run, stage), preset_settings(run, stage)
     settings = preset | made | given
-    if made and made.keys() - {"anneal_steps"} != preset.keys():
-        raise Fault(f"{run.folder / stage} is of another edition; start over with --fresh, or another --out")
-    if not made:
+    begun = done or any(folder.glob("*.npy"))
+    if (made or begun) and made.keys() - {"anneal_steps"} != preset.keys():
+        raise Fault(f"{folder} is of another edition; start over with --fresh, or another --out")
+    if not begun:
         if stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
             settings["anneal_steps"] = settings["steps"]
         return settings
-    allowed = {goal} if settings[goal] > made[goal] else set()
-    if count_done(run, stage) < settings[goal]:
-        allowed.add("lr")
-    other = [name for name in given if given[name] != made[name] and name not in allowed]
-    if other:
-        was = ", ".join(f"{flag(name)} {made[name]}" for name in other)
-        raise Fault(f"{run.folder / stage} was made with {was}; give the same, --fresh or another --out")
+    for name, value in given.items():
+        more = name == goal and value > made[name]
+        other_lr = name == "lr" and done < settings[goal]
+        if value != made[name] and not more and not other_lr:
+            was = f"{flag(name)} {made[name]}"
+            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     return settings
 
 def check(run, stage, settings):
@@ -884,7 +887,7 @@ def run_stage(run, stage, given=None):
         run_stage(run, MADE_FROM[stage], given)
     barrier()  # all processes have read what is there
     if RANK == 0:
-        set_aside(run, made_from(run, stage))
+        set_aside(run, dependants(run, stage))
         text = json.dumps(settings)
         save_file(run.folder / stage / "settings.json", lambda file: file.write(text.encode()))
         print(f"{stage}, into {run.folder / stage}:", ", ".join(f"{k} {v}" for k, v in settings.items()))
@@ -1044,8 +1047,8 @@ def parse(argv):
         raise Fault(f"{command} takes no {word}; {whose}")
     for name, value in vars(given).items():
         least = LEAST.get(name, 1)
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise Fault(f"{flag(name)} {value} is not a number from {least} on")
+        if isinstance(value, (int, float)) and not least <= value <= 10**9:
+            raise Fault(f"{flag(name)} {value} is not a number from {least} to 10^9")
     return command, vars(given)
 
 def open_run(given):
@@ -1058,6 +1061,11 @@ def open_run(given):
         raise Fault(f"{run.dataset} has no student {given['student']}; choose from {', '.join(students)}")
     if run.dataset == "digits" and ("data_dir" in given or "ref" in given):
         raise Fault("--data-dir and --ref are not for the digits; name a data set with --dataset")
+    if "teacher" in given:
+        if not Path(given["teacher"]).exists():
+            raise Fault(f"there is no {given['teacher']}; name another --teacher")
+        if given["teacher"] == os.path.realpath(run.folder / "train/ckpt.pt"):
+            given["teacher"] = None  # the one of stage 1
     return run
 
 def run_command(run, command, given):
@@ -1069,17 +1077,20 @@ def run_command(run, command, given):
                 given_to[stage][name] = value
     if given.get("guidance") == 0:
         given_to["naive"] = given_to.pop("distill")
-    last = list(given_to)[-1]
-    if "fresh" in given and RANK == 0:
-        set_aside(run, STAGES if command == "all" else [last, *made_from(run, last)])
-    barrier()
+    last, fresh = list(given_to)[-1], "fresh" in given
+    settings = preset_settings(run, last) | given_to[last] if fresh else settle(run, last, given_to[last])
+    if command == "distill" and "pairs" in given and settings["targets"] == "teacher":
+        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
+    if fresh:
+        for stage, own in given_to.items():
+            check(run, stage, preset_settings(run, stage) | own | dict(teacher=None))
+        barrier()
+        if RANK == 0:
+            set_aside(run, STAGES if command == "all" else [last, *dependants(run, last)])
+        barrier()
     if command == "all":
         run_all(run, given_to)
-        return
-    settings = settle(run, last, given_to[last])
-    if "pairs" in given and settings.get("targets") == "teacher":
-        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
-    if not run_stage(run, last, given_to):
+    elif not run_stage(run, last, given_to):
         print(f"{last} is finished, see {run.folder / last}; --fresh starts it over")
 
 # ---- 8. Evaluation: distances between sets of images, sizes, pictures --------------------------------------
@@ -1205,12 +1216,13 @@ def evaluate(run, ref=None):
     for name, flow in flows.items():
         rows = {f"{name}, 1 step": ONE_STEP}
         if name == "teacher":
-            rows = {"teacher, precise": precise_solver(run, flow)} | rows
+            rows = {"teacher, precise": getattr(flow, "precise", run.precise)} | rows
         for row, solver in rows.items():
-            images = generate(flow, noise, y, solver)
             if solver != ONE_STEP and count_done(run, "pairs") >= run.n:  # the stored pairs are such images
                 stored = load_pairs(run, "pairs")[1][: run.n]
                 images = (to_uint8(x.float()) for x in stored.split(SAMPLE_BATCH))
+            else:
+                images = generate(flow, noise, y, solver)
             distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
             picture, nfe = sample(flow, few, y=few_y, **solver)
             macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
@@ -1279,7 +1291,7 @@ def load_network(path, device="cpu"):
 
 class EDMTeacher(nn.Module):
     """EDM's denoiser D(x; sigma), a preconditioned UNet; called, it is the same model's flow v(x, t)."""
-    stage = "train"
+    stage, precise = "train", dict(solver="adams", steps=36)  # in place of the run's
 
     def __init__(self, net):
         super().__init__()
