@@ -764,7 +764,7 @@ def test_slimflow_is_a_command(tmp_path):
     assert process.returncode == 0 and error == "" and "3/3 steps" in out
     assert (tmp_path / "\u6570\u5b57/digits/train/ckpt.pt").exists()
 
-def test_flags_reach_the_stage_that_they_are_for(monkeypatch):
+def test_flags_reach_the_stage_that_they_are_for(ran, monkeypatch):
     calls = []
     monkeypatch.setattr(sf, "run_stage", lambda *args: calls.append(args) or True)
     monkeypatch.setattr(sf, "run_all", lambda *args: calls.append(args))
@@ -778,9 +778,9 @@ def test_flags_reach_the_stage_that_they_are_for(monkeypatch):
     run, stage, given = passed("distill --guidance 0 --seed 2 --out o")
     assert (run, stage) == (replace(sf.PRESETS["digits"], seed=2, out="o"), "naive")
     assert given == dict(naive=dict(guidance=0, seed=2))
-    _, given = passed("--pairs 9 --student 0.19M --targets 2-flow")
+    _, given = passed("--pairs 9 --student small --targets 2-flow")
     assert given["train"] == {} and given["pairs"] == dict(pairs=9)
-    assert given["reflow"] == dict(student="0.19M") and given["distill"] == dict(targets="2-flow")
+    assert given["reflow"] == dict(student="small") and given["distill"] == dict(targets="2-flow")
 
 def test_presets_are_the_papers():
     for name in ("cifar10", "ffhq64", "imagenet64"):
