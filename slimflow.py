@@ -161,11 +161,12 @@ def adams(flow, noise, steps, y=None):
     known now, and over the step ahead, to guess where to evaluate next. The grid is dense near the data.
     """
     grid = (T0 + (1 - T0) * np.sin(np.linspace(0, np.pi / 2, steps + 1))).tolist()
-    x, guess, known = noise, noise, []
-    for t_before, t, t_next in zip([T0, *grid], grid, grid[1:]):
+    x, guess, known, t_before = noise, noise, [], T0
+    for t, t_next in itertools.pairwise(grid):
         known = [*known, (t, velocity(flow, guess, t, y))][-3:]
         x = x + _integral(known, t_before, t)
         yield t, x
+        t_before = t
         guess = x + _integral(known, t, t_next)
     yield 1.0, guess
 
@@ -297,8 +298,11 @@ class UNet(nn.Module):
     """
     def __init__(self, resolution, channels, model_channels, channel_mult, num_blocks, attn_resolutions,
                  label_dim=0, dropout=0.0, kind="ddpm++", time_scale=999.0):
-        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.config = dict(
+            resolution=resolution, channels=channels, model_channels=model_channels, channel_mult=channel_mult,
+            num_blocks=num_blocks, attn_resolutions=attn_resolutions, label_dim=label_dim, dropout=dropout,
+            kind=kind, time_scale=time_scale)
         self.kind, self.model_channels = kind, model_channels
         self.label_dim, self.time_scale = label_dim, time_scale
         adm, c, c_emb = kind == "adm", model_channels, 4 * model_channels
@@ -430,12 +434,13 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
     device = next(net.parameters()).device
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=schedule.lr, fused=True)
-    parts = dict(net=net, ema=ema, optimizer=optimizer)
-    start, rows = restore(folder, parts)  # rows: step, mean loss and gradient norm since the row before
+    trained = dict(net=net, ema=ema, optimizer=optimizer)
+    start, rows = restore(folder, trained)
     model = nn.parallel.DistributedDataParallel(net.train()) if WORLD > 1 else net.train()
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     report = progress(stage, start, schedule.steps, schedule.batch)
-    sums, saved = torch.zeros(2, device=device), time.monotonic()
+    sums = torch.zeros(2, device=device)  # of loss and gradient norm, since the last row of the log
+    saved = time.monotonic()
     for step in range(start, schedule.steps):
         seed_all(seed, stage, step, RANK)
         optimizer.param_groups[0]["lr"] = learning_rate(schedule, step)
@@ -446,7 +451,7 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            rate = min(schedule.ema, (1 + step) / (10 + step))
+            rate = min(schedule.ema, (1 + step) / (10 + step))  # early averages are short
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
             sums += torch.stack([loss, norm])
         done = step + 1
@@ -461,42 +466,43 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
             sums.zero_()
             due = done == schedule.steps or time.monotonic() - saved > SAVE_EVERY
             if folder and RANK == 0 and due:
-                keep(folder, parts, dict(stage=stage, done=done, rows=rows, config=net.config))
+                keep(folder, trained, dict(stage=stage, done=done, rows=rows, config=net.config))
                 if picture:
                     draw_samples(folder, partial(picture, ema))
                 saved = time.monotonic()
         report(done, f"loss {rows[-1][1]:.4f}")
     return ema
 
-def keep(folder, parts, facts):
-    """Write log.csv, and ckpt.pt with the facts and the state of each part (network, average, optimizer)."""
+def keep(folder, trained, facts):
+    """Write log.csv, and ckpt.pt: the facts, and the states of network, average and optimizer."""
     table = dict(fmt="%.6g", delimiter=",", comments="", header="step,loss,grad_norm")
     save_file(folder / "log.csv", lambda file: np.savetxt(file, facts["rows"], **table))
-    state = facts | {name: part.state_dict() for name, part in parts.items()}
-    save_file(folder / "ckpt.pt", lambda file: torch.save(state, file))
+    states = {name: part.state_dict() for name, part in trained.items()}
+    save_file(folder / "ckpt.pt", lambda file: torch.save(facts | states, file))
 
-def restore(folder, parts):
-    """Give the parts their state in a folder's ckpt.pt; return its step and log, or 0 and []."""
+def restore(folder, trained):
+    """Load the states in a folder's ckpt.pt; return the steps done and the log's rows, or 0 and []."""
     path = folder and folder / "ckpt.pt"
     if not path or not path.exists():
         return 0, []
     with trying(f"read {path}", "it is damaged; start over with --fresh"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
+        for name, part in trained.items():
             part.load_state_dict(state[name])
         print(f"goes on from step {state['done']:,} of {path}")
         return state["done"], state["rows"]
 
-def build(config, device, trained=None):
-    """A UNet in the fastest form measured on its device: to be trained, or frozen with `trained` weights."""
+def build(config, device, weights=None):
+    """A UNet in the fastest form measured on its device: to be trained, or with `weights` and frozen."""
     net = UNet(**config)
-    if trained is not None:
-        net.load_state_dict(trained)
+    if weights is not None:
+        net.load_state_dict(weights)
         net.eval().requires_grad_(False)
-    large, cuda = config["resolution"] > 8, torch.device(device).type == "cuda"
+    large = config["resolution"] > 8
+    cuda = torch.device(device).type == "cuda"
     if large and cuda:
         torch._dynamo.config.recompile_limit = 32  # of all networks
-        net.compile(dynamic=False if trained is None else None)  # training has one batch size
+        net.compile(dynamic=False if weights is None else None)  # training has one batch size
     channels_last = large and not cuda
     return net.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -509,19 +515,23 @@ def load_flow(path, device="cpu"):
         return flow
 
 def progress(name, start, total, images=1, unit="steps"):
-    """A function (done, note): one live line with speed and time left; off a terminal, a line every 10 s."""
+    """A function report(done, note), which prints speed and time left: in one live line, or every 10 s."""
     live = sys.stdout.isatty()
+    pause, end = (0.2, "\r") if live else (10, "\n")
     began = shown = time.monotonic()
 
     def report(done, note=""):
         nonlocal shown
-        now, last = time.monotonic(), done == total
-        if last or now - shown > (0.2 if live else 10):
-            shown, pace = now, (now - began + 1e-9) / (done - start)  # seconds per unit
-            clock = timedelta(seconds=round(now - began if last else (total - done) * pace))
-            left = f"took {clock}" if last else f"{clock} left"
-            line = f"{name:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {left}"
-            print(line[:79].ljust(79), end="\r" if live and not last else "\n", flush=True)
+        now = time.monotonic()
+        if done < total and now - shown < pause:
+            return
+        shown = now
+        pace = (now - began + 1e-9) / (done - start)  # seconds per unit
+        left = f"{timedelta(seconds=round((total - done) * pace))} left"
+        if done == total:
+            left = f"took {timedelta(seconds=round(now - began))}"
+        line = f"{name:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {left}"
+        print(line[:79].ljust(79), end="\n" if done == total else end, flush=True)
 
     return report
 
@@ -532,9 +542,9 @@ def trying(what, otherwise):
         yield
     except (Fault, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # torch.save hides the system's error behind one of its own
-        said = [e.strerror for e in (error, error.__context__) if isinstance(e, OSError) and e.strerror]
-        raise Fault(f"cannot {what}: {said[0] if said else otherwise}") from error
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the system's
+        raise Fault(f"cannot {what}: {getattr(cause, 'strerror', None) or otherwise}") from error
 
 def save_file(path, write):
     """Write a file whole or not at all: write(file) fills a temporary one, which then takes its place."""
@@ -571,7 +581,6 @@ class Run:
     n: int  # images of the evaluation
     seed: int = 0
     out: str = "runs"
-    data_dir: str | None = None  # folder of the images, None for data/<dataset>
     device: str = DEVICES[-1]
 
     @property
@@ -587,107 +596,119 @@ def to_uint8(x):
     """Float -1..1 to uint8 0..255, rounded (the authors cut off) and clipped."""
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
-def load_images(run):
-    """All training images, uint8 [N, C, H, W], and their classes, int64 [N], 0 where there are none."""
-    folder = Path(run.data_dir or f"data/{run.dataset}")
-    if RANK > 0:
-        barrier()  # until the first process has downloaded or decoded
-    if run.dataset == "digits":  # 1,797 scans of 8x8 pixels, beside this file
-        path = Path(__file__).with_name("digits.npz")
-        with trying(f"read {path}", "it is damaged"), np.load(path) as file:
-            images, y = file["images"], file["labels"].astype("i8")
+def load_digits():
+    """The 1,797 scans beside this file, uint8 [1797, 1, 8, 8], and their digits, int64 [1797]."""
+    path = Path(__file__).with_name("digits.npz")
+    with trying(f"read {path}", "it is damaged"), np.load(path) as file:
+        return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+
+def read_images(run, data_dir=None):
+    """Yield all training images, uint8 [n, C, H, W], and their classes, int64 [n]; 0 if there are none."""
+    folder = Path(data_dir or f"data/{run.dataset}")
+    if run.dataset == "digits":
+        yield load_digits()
     elif run.dataset == "cifar10":  # torchvision checks the archive's MD5 sum
         dataset = import_package("torchvision.datasets").CIFAR10
         with trying(f"use or download {dataset.url} (or put it into {folder})", "it is damaged"):
-            images = dataset(folder, train=True, download=True).data.transpose(0, 3, 1, 2).copy()
-        y = np.zeros(len(images), "i8")
+            images = torch.from_numpy(dataset(folder, train=True, download=True).data)
+        yield images.permute(0, 3, 1, 2), torch.zeros(len(images), dtype=torch.int64)
     else:
-        rows = load_rows(decode_folder(run, folder))
-        images, y = rows["image"], rows["y"]
-    if RANK == 0:
-        barrier()
-    return resident(run, [images, y])
+        yield from decode_folder(run, folder)
 
 def decode_folder(run, folder):
-    """The .npy file of a folder's images, scaled and cropped to squares; made where it is missing."""
-    path, size = run.folder / f"{'_'.join(folder.resolve().parts[1:])}.npy", run.shape[-1]
-    if path.exists():
-        return path
-    tv, transforms = map(import_package, ("torchvision.datasets.folder", "torchvision.transforms"))
+    """Yield the images in a folder, scaled and cropped to squares, and their classes, 512 at a time."""
+    files_of = import_package("torchvision.datasets.folder")
+    transforms = import_package("torchvision.transforms")
     with trying(f"find images in {folder} (--data-dir names another folder)", "there are none"):
-        # One folder for each class, as ImageNet comes; without classes, images in any folders.
-        classes = tv.find_classes(folder)[1] if run.label_dim else {"": 0}
-        files = tv.make_dataset(folder, classes, tv.IMG_EXTENSIONS)
+        classes = {"": 0}  # torchvision then searches the folder itself, and those in it
+        if run.label_dim:  # a folder for each class, as ImageNet comes
+            classes = files_of.find_classes(folder)[1]
+        files = files_of.make_dataset(folder, classes, files_of.IMG_EXTENSIONS)
     if run.label_dim not in (0, len(classes)):
         raise Fault(f"{folder} holds {len(classes)} folders; {run.dataset} has {run.label_dim} classes")
-    resize = transforms.Resize(size, transforms.InterpolationMode.BOX)
-    square = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    resize = transforms.Resize(run.shape[-1], transforms.InterpolationMode.BOX)
+    square = transforms.Compose([resize, transforms.CenterCrop(run.shape[-1]), transforms.PILToTensor()])
     report = progress("decode", 0, len(files), unit="images")
 
-    def decode(file):
-        with trying(f"read the image {file[0]}", "it is damaged; replace or remove it"):
-            return square(tv.default_loader(file[0])).numpy(), file[1]
-
-    def chunks(pool):  # of 512 images, so that few wait in memory
-        for start in range(0, len(files), 512):
-            yield list(pool.map(decode, files[start : start + 512]))
-            report(min(start + 512, len(files)))
+    def decode(path):
+        with trying(f"read the image {path}", "it is damaged; replace or remove it"):
+            return square(files_of.default_loader(path))
 
     with ThreadPoolExecutor() as pool:
-        save_rows(path, [("image", "u1", run.shape), ("y", "i8")], len(files), chunks(pool))
-    return path
+        for start in range(0, len(files), 512):
+            paths, y = zip(*files[start : start + 512])
+            yield torch.stack(list(pool.map(decode, paths))), torch.tensor(y)
+            report(start + len(y))
 
-def save_rows(path, columns, n, chunks):
-    """Write a .npy file of n rows with these columns, chunk by chunk, so that memory does not grow with n."""
+def load_images(run, data_dir=None):
+    """All training images and their classes, as `read_images`; kept in one file, which is read by maps."""
+    path = run.folder / "train/images.bin"
+    columns = np.dtype([("image", "u1", run.shape), ("y", "i8")])
+
     def write(file):
-        descr = np.lib.format.dtype_to_descr(np.dtype(columns))
-        np.lib.format.write_array_header_2_0(file, dict(descr=descr, fortran_order=False, shape=(n,)))
-        for rows in chunks:
-            file.write(np.asarray(rows, columns).view("u1"))
+        for images, y in read_images(run, data_dir):
+            file.write(as_rows(columns, image=images, y=y))
 
-    save_file(path, write)
+    if RANK == 0 and not path.exists():
+        save_file(path, write)
+    barrier()
+    rows = load_rows(path, columns)
+    return resident(run, [rows["image"], rows["y"]])
 
-def load_rows(path):
-    """The rows of a .npy file, mapped into memory: all processes of a host share one copy."""
+def as_rows(columns, **tensors):
+    """Tensors of equal length as the bytes of rows: row by row, the columns side by side."""
+    rows = np.empty(len(tensors["y"]), columns)
+    for name, x in tensors.items():
+        rows[name] = x.cpu()
+    return rows.tobytes()
+
+def load_rows(path, columns):
+    """The rows of a file, mapped into memory: all processes of a host share one copy."""
     with trying(f"read {path}", "it is damaged; remove it"):
-        return np.load(path, mmap_mode="c")
+        return np.memmap(path, columns, mode="c")
+
+def pair_columns(run):
+    """A row of pairs.bin: the image x at the end of a flow's ODE, its class y, and the noise z at its start."""
+    return np.dtype([("data", "f2", run.shape), ("y", "i8"), ("noise", "f2", run.shape)])
+
+def batches_made(rows):
+    """The starts of the batches of pairs that are made: a row is 0 until it is written, noise last."""
+    starts = range(0, len(rows), SAMPLE_BATCH)
+    return [start for start in starts if rows["noise"][start : start + SAMPLE_BATCH][-1].any()]
 
 def write_pairs(run, stage, flow, n, seed):
-    """Fill <stage>/pairs.npy up to n rows: noise z, the image x at the end of the flow's ODE, the class y.
+    """Fill <stage>/pairs.bin up to n rows, by a precise solver.
 
-    The processes, of one host or several, share the batches, and each batch gets a file of its own: an
-    interrupted run goes on from those that are there. At the end the first process joins them.
+    The processes, of one host or several, share the batches. Each batch has its place in the file and its
+    own random numbers: an interrupted run makes those that are missing.
     """
-    path, solver = run.folder / stage / "pairs.npy", getattr(flow, "precise", run.precise)
-    columns = [("noise", "f2", run.shape), ("data", "f2", run.shape), ("y", "i8")]
-    there = len(load_rows(path)) if path.exists() else 0
-    if there >= n:
-        return
-    whole = there - there % SAMPLE_BATCH  # pairs of whole batches; those of a last, shorter one are made anew
-    parts = {start: path.with_name(f"from_{start}.npy") for start in range(whole, n, SAMPLE_BATCH)}
-    todo = [start for start in list(parts)[RANK::WORLD] if not parts[start].exists()]
+    path, columns = run.folder / stage / "pairs.bin", pair_columns(run)
+    if RANK == 0:
+        path.touch()
+        os.truncate(path, max(n * columns.itemsize, path.stat().st_size))
+    barrier()
+    made = batches_made(load_rows(path, columns))
+    mine = range(RANK * SAMPLE_BATCH, n, WORLD * SAMPLE_BATCH)
+    todo = [start for start in mine if start not in made]
     report = progress("pairs", 0, len(todo), SAMPLE_BATCH * WORLD, "batches")
     for done, start in enumerate(todo, 1):
         seed_all(seed, f"{stage}, pairs", start)
         noise = torch.randn(SAMPLE_BATCH, *run.shape).half()
         y = torch.randint(max(1, run.label_dim), (SAMPLE_BATCH,))
+        solver = getattr(flow, "precise", run.precise)
         data, nfe = sample(flow, noise.to(run.device).float(), y=y.to(run.device), **solver)
-        rows = zip(noise.numpy(), data.half().cpu().numpy(), y.numpy())
-        save_rows(parts[start], columns, SAMPLE_BATCH, [list(rows)])
+        rows = as_rows(columns, data=data, y=y, noise=noise)
+        with trying(f"write {path}", "what was there is kept"), open(path, "r+b") as file:
+            file.seek(start * columns.itemsize)
+            file.write(rows[: (n - start) * columns.itemsize])
         report(done, f"{nfe} evaluations each")
     barrier()
-    if RANK == 0:
-        known = [load_rows(path)[:whole]] if whole else []
-        new = (load_rows(part)[: n - start] for start, part in parts.items())
-        save_rows(path, columns, n, itertools.chain(known, new))
-        for part in parts.values():
-            part.unlink()
-        draw_samples(path.parent, lambda: torch.from_numpy(load_rows(path)["data"][:64].astype("f4")))
-    barrier()
+    if RANK == 0 and todo:
+        draw_samples(path.parent, lambda: load_pairs(run, stage)[1][:64].float())
 
 def load_pairs(run, stage):
     """Noise and data, float16 [N, C, H, W], and classes, int64 [N]."""
-    rows = load_rows(run.folder / stage / "pairs.npy")
+    rows = load_rows(run.folder / stage / "pairs.bin", pair_columns(run))
     return resident(run, [rows["noise"], rows["data"], rows["y"]])
 
 def resident(run, arrays):
@@ -695,12 +716,14 @@ def resident(run, arrays):
     tensors = [torch.from_numpy(x) for x in arrays]
     if run.device == "cuda":
         room = torch.cuda.get_device_properties("cuda").total_memory / 4
-        return [x.cuda() for x in tensors] if sum(x.nbytes for x in tensors) <= room else tensors
+        if sum(x.nbytes for x in tensors) <= room:
+            return [x.cuda() for x in tensors]
     return tensors
 
 def draw_batch(run, batch, tensors):
     """This process's share of a batch of random rows, on the device: images and noise as float32."""
-    i, drawn = torch.randint(len(tensors[0]), (batch // WORLD,)), []
+    i = torch.randint(len(tensors[0]), (batch // WORLD,))
+    drawn = []
     for x in tensors:
         x = x[i.to(x.device, non_blocking=True)]
         if run.device == "cuda" and not x.is_cuda:  # from pinned memory, so that the loop runs ahead
@@ -724,15 +747,15 @@ def import_package(name):
     except ImportError:
         package = name.split(".")[0].replace("_", "-")
         raise Fault(f"this needs the package {package}: pip install {package}") from None
-    except RuntimeError:  # torchvision, built for another torch, misses operators that nothing here uses
+    except RuntimeError:  # torchvision, built for another torch, lacks two operators that nothing here uses
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "() -> ()")
         return importlib.import_module(name)
 
 # ---- 6. Stages: each is a function of the run and of its settings, and its folder remembers them -----------
-def train(run, seed, **schedule):
+def train(run, seed, data_dir, **schedule):
     """Stage 1: the teacher, a rectified flow on independent noise z and data x."""
-    schedule, stored = Schedule(**schedule), load_images(run)
+    schedule, stored = Schedule(**schedule), load_images(run, data_dir)
 
     def loss(flow, step):
         data, y = draw_batch(run, schedule.batch, stored)
@@ -762,11 +785,13 @@ def reflow(run, seed, student, anneal, anneal_schedule, anneal_steps, **schedule
 
 def distill(run, seed, guidance, distance, targets, pairs, **schedule):
     """Stage 4: flow-guided distillation, from the 2-flow's weights; with guidance 0 the naive student."""
-    stage, schedule, D = "distill" if guidance else "naive", Schedule(**schedule), DISTANCES[distance]
+    stage, source = "distill" if guidance else "naive", "pairs"
+    schedule, D = Schedule(**schedule), DISTANCES[distance]
     two_flow = load_flow(run.folder / "reflow/ckpt.pt", run.device)
     if targets == "2-flow":  # as the paper's poster; "teacher": as the command in the authors' README
         write_pairs(run, stage, two_flow, pairs, seed)
-    stored = load_pairs(run, stage if targets == "2-flow" else "pairs")
+        source = stage
+    stored = load_pairs(run, source)
 
     def loss(student, step):
         noise, data, y = draw_batch(run, schedule.batch, stored)
@@ -791,18 +816,127 @@ def fit_stage(run, stage, config, loss, schedule, seed, solver, start=None):
     fit(net, loss, schedule, seed, stage, run.folder / stage, picture)
 
 def load_teacher(run, path):
-    """The network that makes the pairs; Fault if it does not fit, or has changed since it made pairs."""
-    teacher, begun = load_network(path, run.device), run.folder / "pairs/settings.json"
+    """The network that makes the pairs; Fault if it makes other images than the run's."""
+    teacher = load_network(path, run.device)
     channels, size, classes = (teacher.config[name] for name in ("channels", "resolution", "label_dim"))
     if (channels, size, size, classes) != (*run.shape, run.label_dim):
         raise Fault(f"{path} makes {size}x{size} images of {classes} classes, not {run.dataset}'s")
-    if begun.exists() and os.path.getmtime(path) > begun.stat().st_mtime:
-        raise Fault(f"{path} has changed since it made {begun.parent}; start that over with --fresh")
     return teacher
 
 STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, naive=distill)
 MADE_FROM = dict(pairs="train", reflow="pairs", distill="reflow", naive="reflow")
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
+
+def run_stage(run, stage, given=None, fresh=False):
+    """Bring a stage, and first those that it is made from, to its end; False if there was nothing to do.
+
+    `given` are settings that differ from the preset's: for each stage that has any, a dict.
+    """
+    given = given or {}
+    settings = settle(run, stage, given.get(stage, {}), fresh)
+    if not fresh and count_done(run, stage) >= settings[GOAL[stage]]:
+        return False
+    with locked(run):
+        if stage in MADE_FROM and not settings.get("teacher"):
+            run_stage(run, MADE_FROM[stage], given)
+        barrier()  # all processes have read what is there
+        if RANK == 0:
+            set_aside(run, [stage] * fresh + dependants(run, stage))
+            path, text = run.folder / stage / "settings.json", json.dumps(settings)
+            save_file(path, lambda file: file.write(text.encode()))
+            print(f"{stage}, into {path.parent}:", ", ".join(f"{k} {v}" for k, v in settings.items()))
+        barrier()
+        STAGES[stage](run, **settings)
+        barrier()
+    return True
+
+def run_all(run, given=None, fresh=False):
+    """The four stages; on the digits also the naive student, at the guided one's cost. Then the table."""
+    given = given or {}
+    stages = ["pairs", "reflow", "naive" if "naive" in given else "distill"]
+    for stage in {*given, *stages}:  # what does not fit is refused before anything runs
+        settle(run, stage, given.get(stage, {}), fresh)
+    if run.dataset != "digits" and WORLD == 1:
+        inception_features(run.device)
+    if fresh and RANK == 0:
+        with locked(run):
+            set_aside(run, STAGES)
+    barrier()
+    for stage in stages:
+        run_stage(run, stage, given)
+    if run.dataset == "digits" and "distill" in stages:
+        run_stage(run, "naive", dict(naive=naive_settings(run)))
+    if WORLD == 1:
+        evaluate(run)
+
+def settle(run, stage, given, fresh=False):
+    """A stage's settings: each is the given one, else the one that its folder remembers, else the preset's.
+
+    Fault if there are results of another one; but more steps or pairs are taken, and another lr. Fault too if
+    the stage would fail. `fresh`: as if the folder were not there.
+    """
+    folder, goal = run.folder / stage, GOAL[stage]
+    kept = {} if fresh else remembered(run, stage)
+    preset = naive_settings(run) if stage == "naive" else dict(seed=run.seed) | run.settings[stage]
+    known = preset | kept
+    settings = known | given
+    if not kept and stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
+        settings["anneal_steps"] = settings["steps"]
+    for name in given.keys() & kept.keys():
+        taken = name == "lr" or (name == goal and given[name] > kept[name])
+        if given[name] != kept[name] and not taken:
+            was = f"{flag(name)} {kept[name]}"
+            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
+    if settings.get("targets") == "teacher" and settings["pairs"] != known["pairs"]:
+        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
+    if fresh or count_done(run, stage) < settings[goal]:
+        check(run, settings)
+    return settings
+
+def check(run, settings):
+    """What would fail late fails here, before anything runs."""
+    students = list(run.networks)[1:]
+    if settings.get("student", students[0]) not in students:
+        raise Fault(f"there is no student {settings['student']}; choose from {', '.join(students)}")
+    if settings.get("batch", WORLD) % WORLD:
+        raise Fault(f"{WORLD} processes cannot share a batch of {settings['batch']}; give another --batch")
+    if settings.get("distance") == "lpips":
+        lpips_network(run.device)
+    if settings.get("teacher"):
+        load_teacher(run, settings["teacher"])
+
+def naive_settings(run):
+    """The naive student's settings are the guided one's, at the same cost."""
+    guided = dict(seed=run.seed) | run.settings["distill"] | remembered(run, "distill")
+    steps = guided["steps"] * 7 // 3  # a step costs 3 forward passes in place of 7; a backward pass is two
+    return guided | dict(guidance=0.0, steps=max(steps, remembered(run, "naive").get("steps", 0)))
+
+def remembered(run, stage):
+    """The settings in a stage's folder, {} if there are none. Fault if they are not those of its results."""
+    folder = run.folder / stage
+    path = folder / "settings.json"
+    if not path.exists() and not (folder / "ckpt.pt").exists():
+        return {}
+    with trying(f"read {path}", "it is damaged, or of another edition; start over with --fresh"):
+        kept = json.loads(path.read_text())
+        preset = run.settings["distill" if stage == "naive" else stage]
+        if kept.keys() - {"anneal_steps"} != {"seed", *preset}:
+            raise ValueError
+    teacher = Path(kept.get("teacher") or "")
+    if teacher.is_file() and teacher.stat().st_mtime > path.stat().st_mtime:
+        raise Fault(f"{teacher} has changed since it made {folder}; start that over with --fresh")
+    return kept
+
+def count_done(run, stage):
+    """How many steps (of `pairs`: pairs) a stage has done; reads no weights."""
+    path = run.folder / stage / ("pairs.bin" if stage == "pairs" else "ckpt.pt")
+    if not path.exists():
+        return 0
+    if stage == "pairs":
+        rows = load_rows(path, pair_columns(run))
+        return min(len(rows), len(batches_made(rows)) * SAMPLE_BATCH)
+    with trying(f"read {path} as slimflow's", "it is damaged; start over with --fresh"):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"]
 
 def dependants(run, stage):
     """The stages that are made from this one, and those made from them."""
@@ -812,109 +946,20 @@ def dependants(run, stage):
             found += [name, *dependants(run, name)]
     return found
 
-def remembered(run, stage):
-    """The settings in a stage's folder, {} if there are none."""
-    path = run.folder / stage / "settings.json"
-    with trying(f"read {path}", "it is damaged; start over with --fresh"):
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-
-def count_done(run, stage):
-    """How many steps (of `pairs`: pairs) a stage has done; reads no weights."""
-    path = run.folder / stage / ("pairs.npy" if stage == "pairs" else "ckpt.pt")
-    with trying(f"read {path} as slimflow's", "it is damaged or of another edition; start over with --fresh"):
-        if not path.exists():
-            return 0
-        if stage == "pairs":
-            return len(np.load(path, mmap_mode="r")["noise"])
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"]
-
-def preset_settings(run, stage):
-    """The preset's settings of a stage; the naive student has those of the guided one."""
-    return dict(seed=run.seed) | run.settings["distill" if stage == "naive" else stage]
-
-def settle(run, stage, given):
-    """A stage's settings: each is what is given, else what its folder remembers, else the preset's.
-
-    Fault if results were made with another one. But more steps or pairs are taken, and another lr while
-    something is left to train.
-    """
-    folder, goal, done = run.folder / stage, GOAL[stage], count_done(run, stage)
-    made, preset = remembered(run, stage), preset_settings(run, stage)
-    settings = preset | made | given
-    begun = done or any(folder.glob("*.npy"))
-    if (made or begun) and made.keys() - {"anneal_steps"} != preset.keys():
-        raise Fault(f"{folder} is of another edition; start over with --fresh, or another --out")
-    if not begun:
-        if stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
-            settings["anneal_steps"] = settings["steps"]
-        return settings
-    for name, value in given.items():
-        more = name == goal and value > made[name]
-        other_lr = name == "lr" and done < settings[goal]
-        if value != made[name] and not more and not other_lr:
-            was = f"{flag(name)} {made[name]}"
-            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
-    return settings
-
-def check(run, stage, settings):
-    """What would fail late fails here, before anything runs."""
-    if settings.get("batch", WORLD) % WORLD:
-        raise Fault(f"{WORLD} processes cannot share a batch of {settings['batch']}; give another --batch")
-    if settings.get("distance") == "lpips":
-        lpips_network(run.device)
-    if settings.get("teacher"):
-        load_teacher(run, settings["teacher"])
-
 def set_aside(run, stages):
     """Rename the folders of these stages, where they are there: nothing is ever deleted."""
     for folder in [run.folder / stage for stage in stages]:
         if folder.exists():
             numbered = (Path(f"{folder}.{i}") for i in itertools.count(1))
             free = next(path for path in numbered if not path.exists())
-            folder.rename(free)
-            print(f"{folder} is now {free}")
+            print(f"{folder} is now {folder.rename(free)}")
 
-def run_stage(run, stage, given=None):
-    """Bring a stage, and first those that it is made from, to its end; False if there was nothing to do.
-
-    `given` are settings that differ from the preset's: for each stage that has any, a dict.
-    """
-    settings = settle(run, stage, (given or {}).get(stage, {}))
-    if count_done(run, stage) >= settings[GOAL[stage]]:
-        return False
-    check(run, stage, settings)
-    if stage in MADE_FROM and not settings.get("teacher"):
-        run_stage(run, MADE_FROM[stage], given)
-    barrier()  # all processes have read what is there
-    if RANK == 0:
-        set_aside(run, dependants(run, stage))
-        text = json.dumps(settings)
-        save_file(run.folder / stage / "settings.json", lambda file: file.write(text.encode()))
-        print(f"{stage}, into {run.folder / stage}:", ", ".join(f"{k} {v}" for k, v in settings.items()))
-    barrier()
-    STAGES[stage](run, **settings)
-    barrier()
-    return True
-
-def run_all(run, given=None):
-    """The four stages; on the digits also the naive student, at the guided one's cost. Then the table."""
-    given = dict(given or {})
-    stages = ["pairs", "reflow", "naive" if "naive" in given else "distill"]
-    if run.dataset == "digits" and "naive" not in given:
-        guided = settle(run, "distill", given.get("distill", {}))
-        # A step costs 3 forward passes in place of 7; a backward pass counts as two.
-        given["naive"] = guided | dict(guidance=0.0, steps=guided["steps"] * 7 // 3)
-        stages.append("naive")
-    if run.dataset != "digits" and WORLD == 1:
-        inception_features(run.device)
-    for stage in stages:  # refuse what does not fit before anything runs
-        settings = settle(run, stage, given.get(stage, {}))
-        if count_done(run, stage) < settings[GOAL[stage]]:
-            check(run, stage, settings)
-    if not any([run_stage(run, stage, given) for stage in stages]):
-        print(f"all stages are finished, see {run.folder}; --fresh starts over")
-    if WORLD == 1:
-        evaluate(run)
+def locked(run):
+    """A lock on the run's folder, so that one command works there at a time. A kill frees it too."""
+    if RANK > 0:
+        return contextlib.nullcontext()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(run.folder / ".lock", timeout=0, is_singleton=True)
 
 # ---- 7. Presets and command line ---------------------------------------------------------------------------
 DDPMPP = dict(channels=3, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.15)
@@ -933,31 +978,31 @@ def ddpmpp_networks(resolution):
         "3.4M": network | dict(model_channels=64, channel_mult=(1, 1, 2), num_blocks=1),
     }
 
-DIGITS = dict(resolution=8, channels=1, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
-DIGITS |= dict(time_scale=16.0)  # with 999 the velocity oscillates in t, and solvers take 3 times as long
+DIGITS = dict(resolution=8, channels=1, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+              time_scale=16.0)  # with 999 the velocity oscillates in t, and solvers take 3 times as long
 SHORT = dict(batch=64, decay=0.6, ema=0.998)
 digits = Run(  # all numbers are ours
     dataset="digits", shape=(1, 8, 8), mirror=False, n=5_000, precise=dict(solver="adams", steps=12),
     networks={"teacher": DIGITS | dict(model_channels=32), "0.19M": DIGITS | dict(model_channels=16)},
     settings=dict(
-        train=SHORT | dict(steps=1_200, lr=2e-3, warmup=100),
+        train=SHORT | dict(data_dir=None, steps=1_200, lr=2e-3, warmup=100),
         pairs=dict(pairs=1_500, teacher=None),
-        reflow=SHORT | dict(steps=1_100, lr=4e-3, warmup=100, student="0.19M", anneal=0.2,
-                            anneal_schedule="linear"),
-        distill=SHORT | dict(steps=800, lr=2e-3, warmup=0, guidance=1.0, distance="huber",
-                             targets="teacher", pairs=1_500),
+        reflow=SHORT | dict(student="0.19M", anneal=0.2, anneal_schedule="linear",
+                            steps=1_100, lr=4e-3, warmup=100),
+        distill=SHORT | dict(guidance=1.0, distance="huber", targets="teacher", pairs=1_500,
+                             steps=800, lr=2e-3, warmup=0),
     ),
 )
 AUTHORS = vars(Schedule())
 cifar10 = Run(  # all numbers are the authors', but where another source is named
-    dataset="cifar10", shape=(3, 32, 32), precise=dict(solver="rk45", rtol=1e-5, atol=1e-5),
-    networks=ddpmpp_networks(32), n=50_000,  # FID's convention
+    dataset="cifar10", shape=(3, 32, 32), n=50_000,  # FID's convention
+    precise=dict(solver="rk45", rtol=1e-5, atol=1e-5), networks=ddpmpp_networks(32),
     settings=dict(
-        train=AUTHORS,  # the number of steps is ours
+        train=AUTHORS | dict(data_dir=None),  # the number of steps is ours
         pairs=dict(pairs=50_000, teacher=None),  # with EDM's network 100,000
         reflow=AUTHORS | dict(student="15.7M", anneal=0.375, anneal_schedule="linear"),
-        distill=AUTHORS | dict(steps=400_000, warmup=0, guidance=1.0, distance="lpips",
-                               targets="2-flow", pairs=500_000),  # the targets: poster
+        distill=AUTHORS | dict(guidance=1.0, distance="lpips", targets="2-flow",  # the targets: poster
+                               pairs=500_000, steps=400_000, warmup=0),
     ),
 )
 ffhq64 = replace(cifar10, dataset="ffhq64", shape=(3, 64, 64), networks=ddpmpp_networks(64))
@@ -975,41 +1020,51 @@ imagenet64 = replace(
 )
 PRESETS = {preset.dataset: preset for preset in (digits, cifar10, ffhq64, imagenet64)}
 
+def at_least(least, kind):
+    """How argparse reads a number, an int or a float, from `least` to a billion."""
+    def number(text):
+        if not least <= kind(text) <= 1e9:  # so that nan is refused
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to 10^9")
+        return kind(text)
+
+    return number
+
+COUNT, SEED, WEIGHT = at_least(1, int), at_least(0, int), at_least(0, float)
 FLAGS = dict(  # how argparse reads each, and its help
     dataset=dict(choices=PRESETS, help="preset, [digits]"),
-    data_dir=dict(help="folder of the images [data/<dataset>]"),
     out=dict(help="folder of <dataset>/<stage>/ [runs]"),
     device=dict(choices=DEVICES, help=f"[{DEVICES[-1]}]"),
-    seed=dict(type=int, help="of all random numbers [0]"),
     fresh=dict(action="store_true", help="start over (all: everything); what is there is renamed"),
-    steps=dict(type=int, help="training steps of this stage, or steps of sample's solver"),
-    batch=dict(type=int, help="images per step"),
-    lr=dict(type=float, help="Adam's learning rate"),
-    pairs=dict(type=int, help="number of pairs (noise, image) to make; of distill: by the 2-flow"),
+    seed=dict(type=SEED, help="of all random numbers [0]"),
+    data_dir=dict(type=os.path.realpath, help="folder of the images [data/<dataset>]"),
+    steps=dict(type=COUNT, help="training steps of this stage, or steps of sample's solver"),
+    batch=dict(type=COUNT, help="images per step"),
+    lr=dict(type=WEIGHT, help="Adam's learning rate"),
+    pairs=dict(type=COUNT, help="number of pairs (noise, image) to make; of distill: by the 2-flow"),
     teacher=dict(type=os.path.realpath, help="EDM's .pkl, the authors' .pth or a ckpt.pt, in place of train"),
     student=dict(help="size of the student"),
-    anneal=dict(type=float, help="share of the steps until b is 0 (exponential: 1/e); 0: plain reflow"),
+    anneal=dict(type=WEIGHT, help="share of the steps until b is 0 (exponential: 1/e); 0: plain reflow"),
     anneal_schedule=dict(choices=SCHEDULES, help="how b falls"),
-    guidance=dict(type=float, help="weight of the guidance loss; 0: naive distillation, in its own folder"),
+    guidance=dict(type=WEIGHT, help="weight of the guidance loss; 0: naive distillation, in its own folder"),
     distance=dict(choices=DISTANCES, help="D of the distillation"),
     targets=dict(choices=("2-flow", "teacher"), help="whose pairs are distilled"),
     ref=dict(help="npz with mu and sigma, in place of the training images"),
     ckpt=dict(help="a ckpt.pt, EDM's .pkl or the authors' .pth [the one of distill]"),
-    n=dict(type=int, help="number of images"),
+    n=dict(type=COUNT, help="number of images"),
     solver=dict(choices=SOLVERS, help="[one Euler step for a student, rk45 for other networks]"),
     npz=dict(help="file for all images: arr_0, uint8 [N, H, W, C]"),
 )
-LEAST = dict(seed=0, lr=0, anneal=0, guidance=0)  # of the numbers; of the others it is 1
-COMMON, TRAINING = ["dataset", "data_dir", "out", "device", "seed", "fresh"], ["steps", "batch", "lr"]
-COMMANDS = dict(  # and their flags
-    all=[*COMMON, "pairs", "teacher", "student", "anneal", "anneal_schedule",
-         "guidance", "distance", "targets"],
-    train=[*COMMON, *TRAINING],
-    pairs=[*COMMON, "pairs", "teacher"],
-    reflow=[*COMMON, "student", "anneal", "anneal_schedule", *TRAINING],
-    distill=[*COMMON, "guidance", "distance", "targets", "pairs", *TRAINING],
-    eval=["dataset", "data_dir", "out", "device", "n", "ref"],
-    sample=["dataset", "out", "device", "seed", "ckpt", "n", "solver", "steps", "npz"],
+RUN, TRAINING = ["dataset", "out", "device", "seed"], ["steps", "batch", "lr"]
+MAKE = dict(run=[*RUN, "fresh"], train=["data_dir"])  # of each command that runs stages
+COMMANDS = dict(  # and their flags, by what these are for: the run, a stage, or the command itself
+    all=MAKE | dict(pairs=["pairs", "teacher"], reflow=["student", "anneal", "anneal_schedule"],
+                    distill=["guidance", "distance", "targets"]),
+    train=MAKE | dict(train=["data_dir", *TRAINING]),
+    pairs=MAKE | dict(pairs=["pairs", "teacher"]),
+    reflow=MAKE | dict(reflow=["student", "anneal", "anneal_schedule", *TRAINING]),
+    distill=MAKE | dict(distill=["guidance", "distance", "targets", "pairs", *TRAINING]),
+    eval=dict(run=RUN, eval=["data_dir", "n", "ref"]),
+    sample=dict(run=RUN, sample=["ckpt", "n", "solver", "steps", "npz"]),
 )
 
 def flag(name):
@@ -1021,77 +1076,56 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(f"{message}; see `{self.prog} --help`")
 
-def owner(command, name):
-    """The stage whose setting a flag of a command is, or None; for `all` the first that has it."""
-    stages = [stage for stage in digits.settings if command in (stage, "all")]
-    return next((stage for stage in stages if name in digits.settings[stage]), None)
-
 def parse(argv):
-    """A command line as (command, values of the flags that are given)."""
+    """A command line as (command, {what its flags are for: {name: value}}); only what is given."""
     command, *rest = argv if argv and not argv[0].startswith("-") else ["all", *argv]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command}; choose from {', '.join(COMMANDS)}")
     parser = Parser(prog=f"slimflow.py {command}", description=__doc__ if command == "all" else None,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name in COMMANDS[command]:
-        options, stage = FLAGS[name], owner(command, name)
-        if stage and name != "teacher":  # show the presets' values
-            values = [f"{preset.dataset} {preset.settings[stage][name]}" for preset in PRESETS.values()]
-            options = options | dict(help=f"{options['help']} [{', '.join(values)}]")
-        parser.add_argument(flag(name), **options)
-    given, unknown = parser.parse_known_args(rest)
+    for owner, names in COMMANDS[command].items():
+        for name in names:
+            options = FLAGS[name]
+            values = [f"{preset.dataset} {preset.settings[owner][name]}" for preset in PRESETS.values()
+                      if preset.settings.get(owner, {}).get(name)]
+            if values:
+                options = options | dict(help=f"{options['help']} [{', '.join(values)}]")
+            parser.add_argument(flag(name), **options)
+    values, unknown = parser.parse_known_args(rest)
     for word in unknown:
-        owners = [name for name in COMMANDS if word.split("=")[0] in map(flag, COMMANDS[name])]
-        whose = f"it is for {', '.join(owners)}" if owners else f"see `{parser.prog} --help`"
+        takers = [other for other, groups in COMMANDS.items()
+                  if word.split("=")[0] in map(flag, itertools.chain(*groups.values()))]
+        whose = f"it is for {', '.join(takers)}" if takers else f"see `{parser.prog} --help`"
         raise Fault(f"{command} takes no {word}; {whose}")
-    for name, value in vars(given).items():
-        least = LEAST.get(name, 1)
-        if isinstance(value, (int, float)) and not least <= value <= 10**9:
-            raise Fault(f"{flag(name)} {value} is not a number from {least} to 10^9")
-    return command, vars(given)
+    given = vars(values)
+    return command, {owner: {name: given[name] for name in names if name in given}
+                     for owner, names in COMMANDS[command].items()}
 
-def open_run(given):
-    """The run that the given flags ask for."""
-    preset = PRESETS[given.get("dataset", "digits")]
-    names = ("data_dir", "out", "device", "seed", "n")
-    run = replace(preset, **{name: given[name] for name in names if name in given})
-    students = list(preset.networks)[1:]
-    if given.get("student", students[0]) not in students:
-        raise Fault(f"{run.dataset} has no student {given['student']}; choose from {', '.join(students)}")
-    if run.dataset == "digits" and ("data_dir" in given or "ref" in given):
+def run_command(command, given):
+    """Do what a command line asks for."""
+    own = given.pop("run")
+    fresh = own.pop("fresh", False)
+    settings = {name: value for values in given.values() for name, value in values.items()}
+    run = replace(PRESETS[own.get("dataset", "digits")], **own)
+    if run.dataset == "digits" and ("data_dir" in settings or "ref" in settings):
         raise Fault("--data-dir and --ref are not for the digits; name a data set with --dataset")
-    if "teacher" in given:
-        if not Path(given["teacher"]).exists():
-            raise Fault(f"there is no {given['teacher']}; name another --teacher")
-        if given["teacher"] == os.path.realpath(run.folder / "train/ckpt.pt"):
-            given["teacher"] = None  # the one of stage 1
-    return run
-
-def run_command(run, command, given):
-    """Give each stage the flags that are its own, and run what the command names."""
-    given_to = {stage: {} for stage in run.settings if command in (stage, "all")}
-    for name, value in given.items():
-        for stage in given_to:
-            if name == "seed" or stage == owner(command, name):
-                given_to[stage][name] = value
-    if given.get("guidance") == 0:
-        given_to["naive"] = given_to.pop("distill")
-    last, fresh = list(given_to)[-1], "fresh" in given
-    settings = preset_settings(run, last) | given_to[last] if fresh else settle(run, last, given_to[last])
-    if command == "distill" and "pairs" in given and settings["targets"] == "teacher":
-        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
-    if fresh:
-        for stage, own in given_to.items():
-            check(run, stage, preset_settings(run, stage) | own | dict(teacher=None))
-        barrier()
-        if RANK == 0:
-            set_aside(run, STAGES if command == "all" else [last, *dependants(run, last)])
-        barrier()
+    if settings.get("teacher") == os.path.realpath(run.folder / "train/ckpt.pt"):
+        given["pairs"]["teacher"] = None  # the one of stage 1
+    if command == "sample":
+        return sample_images(run, **settings)
+    if command == "eval":
+        return evaluate(run, **settings)
+    if settings.get("guidance") == 0:
+        given["naive"] = given.pop("distill")
+    stage = list(given)[-1]
+    if "seed" in own:
+        for name in given if command == "all" else [stage]:
+            given[name]["seed"] = run.seed
     if command == "all":
-        run_all(run, given_to)
-    elif not run_stage(run, last, given_to):
-        print(f"{last} is finished, see {run.folder / last}; --fresh starts it over")
+        run_all(run, given, fresh)
+    elif not run_stage(run, stage, given, fresh):
+        print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
 
 # ---- 8. Evaluation: distances between sets of images, sizes, pictures --------------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -1099,15 +1133,19 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mu1, cov1, mu2, cov2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (mu1, cov1, mu2, cov2))
     (a, u), (b, v) = torch.linalg.eigh(cov1), torch.linalg.eigh(cov2)
     A, B = u * a.clamp(min=0).sqrt(), v * b.clamp(min=0).sqrt()  # cov1 = A A^T, cov2 = B B^T
-    root_trace = torch.linalg.svdvals(A.T @ B).sum()  # stable where the covariances are singular
+    # cov1 cov2 has the eigenvalues of (A^T B) (A^T B)^T, so their roots are the singular values of A^T B.
+    root_trace = torch.linalg.svdvals(A.T @ B).sum()
     return ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * root_trace).item()
 
 def moments(batches):
     """Mean [d] and covariance [d, d], in float64, of features [n, d] that come batch by batch."""
-    x = torch.cat([features.double() for features in batches])
-    if len(x) < 2:
+    n = total = squares = 0
+    for x in batches:
+        x = x.double()
+        n, total, squares = n + len(x), total + x.sum(dim=0), squares + x.T @ x
+    if n < 2:
         raise Fault("a distance needs at least 2 images on each side; give a larger --n")
-    return x.mean(dim=0), x.T.cov()
+    return total / n, (squares - total.outer(total) / n) / (n - 1)
 
 def straightness(flow, noise, steps=20, y=None):
     """Mean of |x_1 - x_0 - v(x_t, t)|^2 over elements and Euler's path: 0 if all paths are straight lines."""
@@ -1115,7 +1153,7 @@ def straightness(flow, noise, steps=20, y=None):
     return (path[-1] - path[0] - (path[1:] - path[:-1]) * steps).square().mean().item()
 
 def count_parameters(net):
-    """Number of trainable weights."""
+    """Number of weights."""
     return sum(p.numel() for p in net.parameters())
 
 @torch.no_grad()
@@ -1130,17 +1168,17 @@ def count_macs(net, shape):
 def digit_features(run, images, y, seed=0):
     """A function uint8 [n, 1, 8, 8] -> [n, 64]: features of a classifier trained on these digits."""
     seed_all(seed, "classifier, weights", 0)
-    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)]
-    net = nn.Sequential(*layers).to(run.device)
+    features = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1)]
+    features += [nn.ReLU(), nn.Flatten(), nn.Linear(1024, 64)]
+    net = nn.Sequential(*features, nn.ReLU(), nn.Linear(64, 10)).to(run.device)
     schedule = Schedule(steps=600, lr=1e-3, warmup=0, decay=0.3, ema=0.99)
 
     def loss(net, step):
         data, labels = draw_batch(run, schedule.batch, (images, y))
         return F.cross_entropy(net(data + 0.1 * torch.randn_like(data)), labels)
 
-    features = fit(net, loss, schedule, seed, "classifier")[:6]
-    return lambda pictures: features(to_float(pictures))
+    trained = fit(net, loss, schedule, seed, "classifier")[: len(features)]
+    return lambda pictures: trained(to_float(pictures))
 
 BY_HAND = f"(or put it into {torch.hub.get_dir()}/checkpoints)"
 
@@ -1166,50 +1204,51 @@ def generate(flow, noise, y, solver):
         done += len(z)
         report(done)
 
-def reference(run, ref):
+def reference(run, ref=None, data_dir=None):
     """Features of images as a function, the moments of the real ones, and (of the digits) the floor.
 
     The digits' classifier is trained on every other scan and compares with the rest: it saw neither side.
     The floor is for a perfect generator: half of the rest against half, scaled as the bias is, by 1 / images.
     """
     if run.dataset == "digits":
-        images, y = load_images(run)
+        images, y = load_digits()
         features = digit_features(run, images[::2], y[::2])
-        real = features(images[1::2])
+        real = features(images[1::2].to(run.device))
         halves = [real[torch.randperm(len(real))].tensor_split(2) for _ in range(100)]
         floor = np.mean([frechet_distance(*moments([a]), *moments([b])) for a, b in halves])
         bias = (1 / run.n + 1 / len(real)) / sum(1 / len(half) for half in halves[0])
         return features, moments([real]), floor * bias
     features = inception_features(run.device)
     if ref is None:
-        images, _ = load_images(run)
-        return features, moments(features(x.to(run.device)) for x in images.split(SAMPLE_BATCH)), None
+        data_dir = data_dir or remembered(run, "train").get("data_dir")
+        batches = (x for images, _ in read_images(run, data_dir) for x in images.split(SAMPLE_BATCH))
+        return features, moments(features(x.to(run.device)) for x in batches), None
     with trying(f"read {ref}", "it is no npz with mu [2048] and sigma [2048, 2048]"), np.load(ref) as file:
         return features, (file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)), None
 
 def networks(run):
     """The run's networks by their name in the table. Says which are missing, unusable or unfinished."""
-    flows, teacher = {}, remembered(run, "pairs").get("teacher")
+    flows = {}
     stages = {"teacher": "train", "2-flow": "reflow", "naive": "naive", "guided": "distill"}
     for name, stage in stages.items():
+        path = run.folder / stage / "ckpt.pt"
         try:
-            if name == "teacher" and teacher:
-                flows[name] = load_teacher(run, teacher)
-                continue
-            flows[name] = load_flow(run.folder / stage / "ckpt.pt", run.device)
+            if name == "teacher":
+                path = settle(run, "pairs", {})["teacher"] or path
+            flows[name] = load_network(path, run.device)
+            done, steps = count_done(run, stage), remembered(run, stage).get("steps", 0)
+            if done < steps:
+                print(f"{name} is unfinished: {done:,} of {steps:,} steps")
         except Fault as fault:
             print(f"{name} is left out: {fault}")
-            continue
-        done, steps = count_done(run, stage), remembered(run, stage).get("steps", 0)
-        if done < steps:
-            print(f"{name} is unfinished: {done:,} of {steps:,} steps")
     if not flows:
         raise Fault(f"{run.folder} holds no network; train {run.dataset} first, or name its --out")
     return flows
 
-def evaluate(run, ref=None):
+def evaluate(run, n=None, ref=None, data_dir=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
-    flows, (features, real, floor) = networks(run), reference(run, ref)
+    run = replace(run, n=n or run.n)
+    flows, (features, real, floor) = networks(run), reference(run, ref, data_dir)
     metric = "Frechet" if run.dataset == "digits" else "FID"
     (noise, y), (few, few_y) = fixed_noise(run, run.n, seed=4321), fixed_noise(run, 12)
     table, strips = [("row", "parameters", "MACs", "evaluations", metric)], {}
@@ -1218,15 +1257,13 @@ def evaluate(run, ref=None):
         if name == "teacher":
             rows = {"teacher, precise": getattr(flow, "precise", run.precise)} | rows
         for row, solver in rows.items():
+            images = generate(flow, noise, y, solver)
             if solver != ONE_STEP and count_done(run, "pairs") >= run.n:  # the stored pairs are such images
-                stored = load_pairs(run, "pairs")[1][: run.n]
-                images = (to_uint8(x.float()) for x in stored.split(SAMPLE_BATCH))
-            else:
-                images = generate(flow, noise, y, solver)
+                images = map(to_uint8, load_pairs(run, "pairs")[1][: run.n].float().split(SAMPLE_BATCH))
             distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
-            picture, nfe = sample(flow, few, y=few_y, **solver)
+            picture, evaluations = sample(flow, few, y=few_y, **solver)
             macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
-            table.append((row, f"{count_parameters(flow):,}", macs, nfe, f"{distance:.2f}"))
+            table.append((row, f"{count_parameters(flow):,}", macs, evaluations, f"{distance:.2f}"))
             strips[f"{row}\n{metric} {distance:,.0f}"] = picture
     if floor is not None:
         table.append(("floor", "", "", "", f"{floor:.2f}"))
@@ -1346,14 +1383,14 @@ def load_edm(path, device="cpu"):
     with trying(f"read {path} as a network of EDM's", "it is damaged or something else"):
         with open(path, "rb") as file:
             outer = InertUnpickler(file).load()["ema"]
-        kind = outer.args[0]["class_name"]
-        if kind != "EDMPrecond" or state_of(outer)["sigma_data"] != 0.5:
-            raise Fault(f"{path} is a network with {kind!r}; only EDM's with EDMPrecond can be used")
+        preconditioning = outer.args[0]["class_name"]
+        if preconditioning != "EDMPrecond" or state_of(outer)["sigma_data"] != 0.5:
+            raise Fault(f"{path} is a network with {preconditioning!r}; only EDMPrecond can be used")
         inner = state_of(outer)["_modules"]["model"]
-        given, weights, kind = state_of(inner)["_init_kwargs"], weights_of(inner), inner.args[0]["class_name"]
+        given, weights = state_of(inner)["_init_kwargs"], weights_of(inner)
         if given.get("encoder_type", "standard") != "standard":
             raise Fault(f"{path} is an NCSN++ (-ve) of EDM's; take the same network with -vp in its name")
-        like = dict(SongUNet=cifar10, DhariwalUNet=imagenet64)[kind]  # with EDM's defaults
+        like = dict(SongUNet=cifar10, DhariwalUNet=imagenet64)[inner.args[0]["class_name"]]  # EDM's defaults
         config = {name: given.get(name, value) for name, value in like.networks["teacher"].items()}
         config |= dict(resolution=given["img_resolution"], channels=given["in_channels"],
                        label_dim=given.get("label_dim", 0), time_scale=1.0)  # its time is ln(sigma) / 4
@@ -1362,70 +1399,67 @@ def load_edm(path, device="cpu"):
 
 def load_slimflow_official(path, device="cpu"):
     """The EMA network of a .pth of the authors, in the first layout that fits: a student, or their 1-flow."""
-    scalar = np.float64(0).__reduce__()[0]  # their optimizer's learning rate is one of numpy's
-    numpy = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    numpy += [np.dtype, type(np.dtype("f8"))]
+    scalar = np.float64(0).__reduce__()[0]  # what numpy rebuilds a number by: their optimizer's learning rate
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1, numpy 2
+    allowed += [np.dtype, type(np.dtype("f8"))]
     with trying(f"read {path} as a network of SlimFlow's authors", "it is damaged or something else"):
-        with torch.serialization.safe_globals(numpy):
-            given = torch.load(path, map_location="cpu", weights_only=True)["ema"]["shadow_params"]
+        with torch.serialization.safe_globals(allowed):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)["ema"]["shadow_params"]
         layouts = [layout for preset in (cifar10, ffhq64, imagenet64) for layout in preset.networks.items()]
         for size, config in layouts:
-            with contextlib.suppress(RuntimeError, ValueError, IndexError, StopIteration):  # another layout
-                net = build(config, device, official_weights(config, given))
-                net.stage = "train" if size == "teacher" else "distill"
-                return net
+            try:
+                weights = official_weights(config, tensors)
+            except (RuntimeError, StopIteration, ValueError):  # another layout
+                continue
+            net = build(config, device, weights)
+            net.stage = "train" if size == "teacher" else "distill"
+            return net
         raise ValueError("an unknown layout")
 
-def official_weights(config, given):
+def official_weights(config, tensors):
     """Weights for a UNet from the authors' tensors, which come in the order in which ours are applied."""
     with torch.device("meta"):
-        names = [name for name, _ in UNet(**config).named_parameters()]
+        shapes = {name: p.shape for name, p in UNet(**config).named_parameters()}
+    weights, rest = {}, iter(tensors)
     if config.get("kind") == "adm":  # EDM's own code
-        return dict(zip(names, given, strict=True))
-    order, weights = iter(given), {}
-    for name in names:
-        if name.endswith("qkv.weight"):  # from matrices [in, out] to a convolution, interleaved by channel
-            q, q_bias, k, k_bias, v, v_bias = itertools.islice(order, 6)
-            weights[name] = torch.stack([q.t(), k.t(), v.t()], dim=1).flatten(0, 1)[:, :, None, None]
-            weights[name.replace("weight", "bias")] = torch.stack([q_bias, k_bias, v_bias], dim=1).flatten()
-        elif name.endswith("proj.weight"):
-            weights[name] = next(order).t()[:, :, None, None]
-        elif not name.endswith("qkv.bias"):
-            weights[name] = next(order)
-    if list(order):
-        raise ValueError("more tensors than the network has")
+        weights = dict(zip(shapes, rest))
+    else:
+        for name in shapes:
+            if name.endswith("qkv.weight"):  # matrices [in, out] and biases of q, k, v; ours is interleaved
+                q, q_bias, k, k_bias, v, v_bias = itertools.islice(rest, 6)
+                weights[name] = torch.stack([q.mT, k.mT, v.mT], dim=1).flatten(0, 1)[:, :, None, None]
+                bias = torch.stack([q_bias, k_bias, v_bias], dim=1).flatten()
+                weights[name.replace("weight", "bias")] = bias
+            elif name.endswith("proj.weight"):
+                weights[name] = next(rest).mT[:, :, None, None]
+            elif not name.endswith("qkv.bias"):
+                weights[name] = next(rest)
+    if list(rest) or {name: w.shape for name, w in weights.items()} != shapes:
+        raise ValueError("another layout")
     return weights
 
 def main(argv=None):
     """Run the command line; return its exit status. What the user must mend is one line on stderr, and 2."""
     try:
         command, given = parse(sys.argv[1:] if argv is None else argv)
-        run = open_run(given)
-        if WORLD > 1 and command in ("eval", "sample"):
-            raise Fault(f"{command} is for one process; run it without torchrun")
-        if command == "sample":
-            names = ("ckpt", "n", "solver", "steps", "npz")
-            sample_images(run, **{name: given[name] for name in names if name in given})
-        elif command == "eval":
-            evaluate(run, given.get("ref"))
-        else:
-            if WORLD > 1:  # join the other processes, of which only the first prints
-                dist.init_process_group(timeout=timedelta(days=1))  # images may be decoded meanwhile
-                if run.device == "cuda":
-                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-                sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(run.folder / ".lock", timeout=0) if RANK == 0 else contextlib.nullcontext():
-                run_command(run, command, given)
+        if WORLD > 1:
+            if command in ("eval", "sample"):
+                raise Fault(f"{command} is for one process; run it without torchrun")
+            dist.init_process_group(timeout=timedelta(days=1))  # images may be decoded meanwhile
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if RANK > 0:  # only the first prints
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        run_command(command, given)
         return 0
     except Fault as fault:
         message = str(fault)
-    except Timeout:
-        message = f"another run works in {run.folder}; wait for its end, or give another --out"
+    except Timeout as error:
+        message = f"another run works in {Path(error.lock_file).parent}; wait for its end, or give another --out"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is full; use a smaller --batch, a smaller --student, or more GPUs"
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "the memory is full; use a smaller --batch, a smaller --student, or more GPUs"
     except KeyboardInterrupt:
         message = "interrupted; the same command, without --fresh, goes on from what was saved, if anything"
     print("slimflow:", message.replace("\n", " "), file=sys.stderr)

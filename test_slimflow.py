@@ -43,7 +43,7 @@ PLAN = dict(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
 def tiny(out, stages=None, **changes):
     """The digits' run with tiny networks and schedules, under a folder; `stages` has other settings."""
     settings = dict(
-        train=PLAN, pairs=dict(pairs=40, teacher=None),
+        train=PLAN | dict(data_dir=None), pairs=dict(pairs=40, teacher=None),
         reflow=PLAN | dict(student="small", anneal=0.5, anneal_schedule="linear"),
         distill=PLAN | dict(guidance=1.0, distance="huber", targets="teacher", pairs=40),
     )
@@ -370,7 +370,7 @@ def test_a_checkpoint_loads_from_a_str_or_a_path_and_is_refused_where_it_is_cut(
 
 # ---- 5. Data -----------------------------------------------------------------------------------------------
 def test_digits_are_the_real_ones():
-    images, labels = sf.load_images(sf.PRESETS["digits"])
+    images, labels = sf.load_digits()
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
@@ -390,28 +390,40 @@ def folder(tmp_path):
     (tmp_path / "images/a/README.txt").write_text("no image")
     return tmp_path / "images", pictures.transpose(0, 3, 1, 2)[[0, 2, 4, 1, 3]]
 
-def little(folder, dataset, classes):
-    return tiny(folder.parent, dataset=dataset, shape=(3, 8, 8), label_dim=classes, data_dir=str(folder))
+def little(folder, dataset, classes, **changes):
+    train = dict(train=dict(data_dir=str(folder)))
+    return tiny(folder.parent, train, dataset=dataset, shape=(3, 8, 8), label_dim=classes, **changes)
 
 @pytest.mark.parametrize("dataset, classes", [("imagenet64", 2), ("ffhq64", 0)])
 def test_images_come_from_a_folder_and_are_decoded_once(folder, dataset, classes):
     folder, pictures = folder
     run = little(folder, dataset, classes)
-    images, y = sf.load_images(run)
+    images, y = sf.load_images(run, folder)
     assert images.dtype == torch.uint8 and (images.numpy() == pictures).all()
     assert y.tolist() == ([0, 0, 0, 1, 1] if classes else [0] * 5)
     shutil.rmtree(folder)
-    assert torch.equal(sf.load_images(run)[0], images)
+    assert torch.equal(sf.load_images(run, folder)[0], images)
 
 def test_folders_that_do_not_fit_and_damaged_images_are_named(folder):
     folder, _ = folder
     with pytest.raises(sf.Fault, match=r"images holds 2 folders; .* 3 classes"):
-        sf.load_images(little(folder, "imagenet64", 3))
+        sf.load_images(little(folder, "imagenet64", 3), folder)
     (folder / "b/3.png").write_bytes((folder / "b/3.png").read_bytes()[:100])
     run = little(folder, "ffhq64", 0)
     with pytest.raises(sf.Fault, match=r"b/3\.png"):
-        sf.load_images(run)
-    assert not list(run.folder.glob("*.npy"))
+        sf.load_images(run, folder)
+    assert not list(run.folder.glob("*/*"))
+
+def test_other_images_start_over_and_are_not_mixed_with_the_first(folder, monkeypatch, ran, refused):
+    folder, pictures = folder
+    networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(channels=3))
+    run = tiny("runs", dataset="ffhq64", shape=(3, 8, 8), networks=networks)
+    monkeypatch.setitem(sf.PRESETS, "ffhq64", run)
+    ran(f"train --dataset ffhq64 --data-dir {folder}")
+    ran("train --dataset ffhq64 --steps 14")
+    assert f"--data-dir {folder}; give the same" in refused(f"train --dataset ffhq64 --data-dir {folder}/a")
+    ran(f"train --dataset ffhq64 --data-dir {folder}/a --fresh")
+    assert (sf.load_images(run)[0].numpy() == pictures[:3]).all()
 
 def test_cifar10_comes_by_torchvision_or_says_which_file_goes_where(tmp_path, monkeypatch, refused):
     cifar = sf.import_package("torchvision.datasets").CIFAR10
@@ -420,23 +432,23 @@ def test_cifar10_comes_by_torchvision_or_says_which_file_goes_where(tmp_path, mo
     line = refused(f"train --dataset cifar10 --out {tmp_path}/runs --data-dir {tmp_path}/data")
     assert f"http://127.0.0.1:9/cifar-10-python.tar.gz (or put it into {tmp_path}/data)" in line
     monkeypatch.setattr(cifar, "__init__", lambda self, folder, **options: setattr(self, "data", pixels))
-    images, y = sf.load_images(replace(sf.PRESETS["cifar10"], data_dir=str(tmp_path / "data")))
+    images, y = sf.load_images(replace(sf.PRESETS["cifar10"], out=str(tmp_path / "other")))
     assert y.tolist() == [0] * 5 and (images.numpy() == pixels.transpose(0, 3, 1, 2)).all()
 
-def test_rows_are_written_and_read_without_holding_them(tmp_path):
-    columns, path = [("noise", "f2", (2, 2)), ("y", "i8")], tmp_path / "rows.npy"
-    chunks = ([(np.full((2, 2), i), i)] * 2 for i in range(3))
-    sf.save_rows(path, columns, 6, chunks)
-    rows = sf.load_rows(path)
-    assert isinstance(rows, np.memmap) and rows["y"].tolist() == [0, 0, 1, 1, 2, 2]
+def test_rows_are_read_without_holding_them(tmp_path):
+    columns, path = np.dtype([("noise", "f2", (2, 2)), ("y", "i8")]), tmp_path / "rows.bin"
+    i = torch.arange(6)
+    path.write_bytes(sf.as_rows(columns, noise=i[:, None, None].float(), y=i))
+    rows = sf.load_rows(path, columns)
+    assert isinstance(rows, np.memmap) and rows["y"].tolist() == [0, 1, 2, 3, 4, 5]
     assert (rows["noise"] == rows["y"][:, None, None]).all()
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(sf.Fault, match=r"cannot read .*rows\.npy"):
-        sf.load_rows(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(sf.Fault, match=r"cannot read .*rows\.bin"):
+        sf.load_rows(path, columns)
 
 # ---- 6. Stages ---------------------------------------------------------------------------------------------
 def rows_of(run, stage="pairs"):
-    return np.load(run.folder / stage / "pairs.npy")
+    return sf.load_rows(run.folder / stage / "pairs.bin", sf.pair_columns(run))
 
 def checkpoint(folder):
     """All that a checkpoint holds, its tensors as bytes."""
@@ -444,7 +456,7 @@ def checkpoint(folder):
 
 def contents(run):
     """What a finished run ends in, as bytes: pairs, logs, settings, checkpoints."""
-    files = sorted(path for path in run.folder.rglob("*.[nlj]*") if path.suffix in (".npy", ".csv", ".json"))
+    files = sorted(path for path in run.folder.rglob("*.*") if path.suffix in (".bin", ".csv", ".json"))
     found = {str(path.relative_to(run.folder)): path.read_bytes() for path in files}
     return found | {path.parent.name: checkpoint(path.parent) for path in run.folder.glob("*/ckpt.pt")}
 
@@ -508,7 +520,7 @@ def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, m
     monkeypatch.setattr(sf, "sample", interrupted)
     with pytest.raises(ZeroDivisionError):
         sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=38)))
-    assert sf.count_done(copied, "pairs") == 0
+    assert sf.count_done(copied, "pairs") == 20
     sf.run_stage(copied, "pairs")  # two batches are there; the interrupted one and the last are made
     assert len(calls) == 3 + 2 and (rows_of(copied) == expected[:38]).all()
     sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=55)))
@@ -516,7 +528,7 @@ def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, m
 
 def test_train_mirrors_each_image_by_its_own_coin_and_reflow_the_whole_batch(copied, tmp_path):
     mirrored = replace(copied, mirror=True)
-    images = sf.to_float(sf.load_images(copied)[0]).numpy()
+    images = sf.to_float(sf.load_digits()[0]).numpy()
     rows = [place(data, images) for _, _, data, _ in batches(mirrored, "train", "rectified_flow_loss")]
     flipped = [row.count(-1) for row in rows]
     assert 100 < sum(flipped) < 220 and np.std(flipped) > 0 and max(flipped) < 8  # of 320
@@ -602,16 +614,15 @@ def test_pairs_are_the_teachers_also_with_classes(tmp_path):
     assert set(y.tolist()) == set(range(10)) and y.tolist() == rows_of(run)["y"].tolist()
     x, _ = sf.sample(teacher, noise.float(), y=y, **run.precise)
     torch.testing.assert_close(x.half(), data, atol=2e-3, rtol=2e-3)
-    assert not list(run.folder.rglob("from_*.npy"))
 
 def test_what_is_not_given_is_remembered_and_else_the_presets(ran, refused):
     ran("train --lr 0.01 --seed 3")
-    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3)
+    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, data_dir=None)
     ran("train --steps 20")
-    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, steps=20)
+    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, steps=20, data_dir=None)
+    ran("pairs")
     with mock.patch.object(sf, "load_pairs", side_effect=KeyboardInterrupt):  # before a first checkpoint
-        for anneal in (0.7, 0.25):  # where nothing was made yet, another value is free
-            assert "interrupted" in refused(f"reflow --anneal {anneal}")
+        assert "interrupted" in refused("reflow --anneal 0.25")
     ran("distill")
     assert sf.remembered(tiny("runs"), "reflow")["anneal"] == 0.25
 
@@ -624,7 +635,7 @@ def test_more_steps_or_pairs_set_aside_what_was_made_and_never_raise_b(copied):
     assert sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=50)))
     assert len(rows_of(copied)) == 50 and (copied.folder / "reflow.1/ckpt.pt").exists()
     assert sf.run_stage(copied, "train", dict(train=dict(steps=14)))
-    assert {path.name for path in copied.folder.iterdir()} == {"train", "pairs.1", "reflow.1", "distill.1"}
+    assert {path.name for path in copied.folder.glob("[a-z]*")} == {"train", "pairs.1", "reflow.1", "distill.1"}
 
 def test_a_finished_stage_reads_no_weights(copied, monkeypatch, ran):
     monkeypatch.setattr(sf, "UNet", lambda **config: 1 / 0)
@@ -647,8 +658,7 @@ def test_fresh_renames_the_stage_and_those_made_from_it(copied, ran, refused):
 
 @pytest.mark.parametrize("line, word", [
     ("distill --guidance 2", "--guidance 1.0"), ("distill --distance l2", "--distance huber"),
-    ("all --seed 1", "--seed 0"), ("reflow --anneal 0.7", "--anneal 0.5"), ("train --lr 1", "--lr 0.002"),
-    ("pairs --pairs 39", "--pairs 40"), ("train --batch 4 --steps 20", "--batch 8"),
+    ("all --seed 1", "--seed 0"), ("reflow --anneal 0.7", "--anneal 0.5"),     ("pairs --pairs 39", "--pairs 40"), ("train --batch 4 --steps 20", "--batch 8"),
     ("train --steps 11", "--steps 12"), (f"pairs --teacher {__file__}", "--teacher None"),
 ])  # fmt: skip
 def test_other_settings_are_refused_before_anything_is_done(line, word, copied, ran, refused):
@@ -667,11 +677,12 @@ def test_an_external_teacher_is_one_file_however_it_is_named(copied, ran, refuse
     assert "finished" in ran("pairs --teacher t.pt --out ../runs")
     assert "made with" in refused(f"pairs --teacher {teacher} --out ../runs")
     ran("train --out ../runs")  # which is not theirs
-    assert Path("../runs/digits/pairs/pairs.npy").exists()
+    assert Path("../runs/digits/pairs/pairs.bin").exists()
+    ran("reflow --out ../runs")
     later = time.time() + 60
     os.utime("t.pt", (later, later))
-    assert "has changed since it made" in refused("pairs --pairs 50 --out ../runs")
-    ran("reflow --out ../runs")
+    for line in ("pairs", "reflow --steps 20"):  # what is finished, what would use it
+        assert "has changed since it made" in refused(f"{line} --out ../runs")
     assert "teacher is left out: " in ran("eval --out ../runs")
     Path("t.pt").unlink()
     assert "No such file" in ran("eval --out ../runs")
@@ -751,7 +762,7 @@ def test_the_whole_pipeline_ends_in_a_table_and_a_picture(ran):
         assert "nan" not in line
     assert all(Path("runs/digits", stage, "samples.png").exists() for stage in sf.STAGES)
     assert Path("runs/digits/summary.png").stat().st_size > 10_000 and not list(Path().rglob("*.tmp"))
-    assert "all stages are finished" in ran("")
+    assert ", into" not in ran("")  # all stages are finished
     out = ran("all --fresh --guidance 0")
     assert "naive, into" in out and "guided is left out" in out
     assert {path.stem for path in Path("runs/digits").glob("*.1")} == set(sf.STAGES)
@@ -769,17 +780,16 @@ def test_flags_reach_the_stage_that_they_are_for(ran, monkeypatch):
     monkeypatch.setattr(sf, "run_stage", lambda *args: calls.append(args) or True)
     monkeypatch.setattr(sf, "run_all", lambda *args: calls.append(args))
     def passed(line):
-        command, given = sf.parse(line.split())
-        sf.run_command(sf.open_run(given), command, given)
+        sf.run_command(*sf.parse(line.split()))
         return calls.pop()
-    run, stage, given = passed("distill --dataset cifar10 --steps 5 --lr 0.1 --guidance 0.5 --distance l2")
+    run, stage, given, _ = passed("distill --dataset cifar10 --steps 5 --lr 0.1 --guidance 0.5 --distance l2")
     assert (run, stage) == (sf.PRESETS["cifar10"], "distill")
-    assert given == dict(distill=dict(steps=5, lr=0.1, guidance=0.5, distance="l2"))
-    run, stage, given = passed("distill --guidance 0 --seed 2 --out o")
-    assert (run, stage) == (replace(sf.PRESETS["digits"], seed=2, out="o"), "naive")
-    assert given == dict(naive=dict(guidance=0, seed=2))
-    _, given = passed("--pairs 9 --student small --targets 2-flow")
-    assert given["train"] == {} and given["pairs"] == dict(pairs=9)
+    assert given == dict(train={}, distill=dict(steps=5, lr=0.1, guidance=0.5, distance="l2"))
+    run, stage, given, fresh = passed("distill --guidance 0 --seed 2 --out o --fresh")
+    assert (run, stage, fresh) == (replace(sf.PRESETS["digits"], seed=2, out="o"), "naive", True)
+    assert given == dict(train={}, naive=dict(guidance=0, seed=2))
+    _, given, fresh = passed("--pairs 9 --student small --targets 2-flow")
+    assert given["train"] == {} and given["pairs"] == dict(pairs=9) and not fresh
     assert given["reflow"] == dict(student="small") and given["distill"] == dict(targets="2-flow")
 
 def test_presets_are_the_papers():
@@ -814,14 +824,14 @@ MISTAKES = """
 dance | there is no command dance; choose from all, train
 train --datas cifar10 | --help
 train --dataset mnist | mnist
-train --steps 0 | --steps 0 is not a number from 1 to 10^9
-train --lr nan | --lr nan
+train --steps 0 | --steps: 0 is not a number from 1 to 10^9
+train --lr nan | --lr: nan
 train --guidance 1 | it is for all, distill
 all --steps 5 | it is for train, reflow, distill, sample
 train --out a_file | a_file
 train --data-dir empty | not for the digits; name a data set with --dataset
 eval --ref foreign.pt | not for the digits
-train --dataset ffhq64 --data-dir nowhere | cannot find images in nowhere (--data-dir
+train --dataset ffhq64 --data-dir nowhere | nowhere (--data-dir names
 train --dataset imagenet64 --data-dir empty | empty
 pairs --teacher nowhere.pkl | nowhere.pkl
 pairs --teacher a_file | a_file as
@@ -930,7 +940,7 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(folder
         return pictures.float().flatten(1).mean(dim=1, keepdim=True).expand(-1, 2048)
     def distances(run, ref=None):
         capsys.readouterr()
-        sf.evaluate(run, ref)
+        sf.evaluate(run, ref=ref)
         out = capsys.readouterr().out
         assert "FID" in out and "naive is left out" in out
         return [float(re.search(rf"^{name}.* ([-\d.]+)$", out, re.MULTILINE).group(1)) for name in names]
@@ -939,7 +949,7 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(folder
     monkeypatch.setattr(sf, "frechet_distance", lambda mu1, cov1, mu2, cov2: float(mu1[0] - mu2[0]))
     folder, pictures = folder
     networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(channels=3))
-    run = replace(little(folder, "ffhq64", 0), networks=networks, n=40)
+    run = little(folder, "ffhq64", 0, networks=networks, n=40)
     sf.run_stage(run, "distill")
     own, real = distances(run), pictures.mean()
     student = sf.load_flow(run.folder / "distill/ckpt.pt")
@@ -948,16 +958,17 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(folder
     assert own[0] == pytest.approx(stored.float().mean().item() - real, abs=0.01)
     assert own[3] == pytest.approx(made.float().mean().item() - real, abs=0.01)
     np.savez(folder / "stats.npz", mu=np.full(2048, real + 10), sigma=np.zeros((2048, 2048)))
-    given = distances(replace(run, data_dir="nowhere"), folder / "stats.npz")  # needs no images
+    shutil.rmtree(folder / "a")
+    given = distances(run, folder / "stats.npz")  # needs no images
     assert given[3] == pytest.approx(own[3] - 10, abs=0.01)
     np.savez(folder / "stats.npz", mu=np.zeros(64), sigma=np.zeros((64, 64)))
     with pytest.raises(sf.Fault, match=r"cannot read .*stats\.npz: it is no npz with mu"):
-        sf.evaluate(run, folder / "stats.npz")
+        sf.evaluate(run, ref=folder / "stats.npz")
 
 def test_the_digits_classifier_sees_neither_side_of_a_distance():
     """It is trained on every other scan; the floor is what new draws of the same distribution get."""
     run = replace(sf.PRESETS["digits"], n=5_000, device="cpu")
-    images, y = sf.load_images(run)
+    images, y = sf.load_digits()
     features = lambda pictures: pictures.float().flatten(1)[:, 20:30]  # noqa: E731
     with mock.patch.object(sf, "digit_features", return_value=features) as trained:
         _, real, floor = sf.reference(run, None)

@@ -74,7 +74,7 @@ class Digits:
         run = replace(sf.digits, seed=seed, device="cpu", out=out)
         sf.run_stage(run, "pairs", {"pairs": dict(pairs=6_000 + HELD_OUT)})
         self.noise, self.data = (x.float() for x in sf.load_pairs(run, "pairs")[:2])
-        self.images, labels = sf.load_images(run)
+        self.images, labels = sf.load_digits()
         self.fresh, self.y = sf.fixed_noise(run, 5_000, seed=4321)
         self.features = [sf.digit_features(run, self.images[::2], labels[::2], k) for k in (0, 1)]
 
