@@ -300,9 +300,9 @@ class UNet(nn.Module):
                  label_dim=0, dropout=0.0, kind="ddpm++", time_scale=999.0):
         super().__init__()
         self.config = dict(
-            resolution=resolution, channels=channels, model_channels=model_channels, channel_mult=channel_mult,
-            num_blocks=num_blocks, attn_resolutions=attn_resolutions, label_dim=label_dim, dropout=dropout,
-            kind=kind, time_scale=time_scale)
+            resolution=resolution, channels=channels, model_channels=model_channels,
+            channel_mult=channel_mult, num_blocks=num_blocks, attn_resolutions=attn_resolutions,
+            label_dim=label_dim, dropout=dropout, kind=kind, time_scale=time_scale)
         self.kind, self.model_channels = kind, model_channels
         self.label_dim, self.time_scale = label_dim, time_scale
         adm, c, c_emb = kind == "adm", model_channels, 4 * model_channels
@@ -668,7 +668,7 @@ def load_rows(path, columns):
         return np.memmap(path, columns, mode="c")
 
 def pair_columns(run):
-    """A row of pairs.bin: the image x at the end of a flow's ODE, its class y, and the noise z at its start."""
+    """A row of pairs.bin: the image x at the end of a flow's ODE, its class y, the noise z at its start."""
     return np.dtype([("data", "f2", run.shape), ("y", "i8"), ("noise", "f2", run.shape)])
 
 def batches_made(rows):
@@ -1226,45 +1226,47 @@ def reference(run, ref=None, data_dir=None):
     with trying(f"read {ref}", "it is no npz with mu [2048] and sigma [2048, 2048]"), np.load(ref) as file:
         return features, (file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)), None
 
-def networks(run):
-    """The run's networks by their name in the table. Says which are missing, unusable or unfinished."""
-    flows = {}
+def table_rows(run):
+    """The rows of the table: name, network, solver. Says which networks are missing or unfinished."""
+    found = []
     stages = {"teacher": "train", "2-flow": "reflow", "naive": "naive", "guided": "distill"}
     for name, stage in stages.items():
         path = run.folder / stage / "ckpt.pt"
         try:
             if name == "teacher":
                 path = settle(run, "pairs", {})["teacher"] or path
-            flows[name] = load_network(path, run.device)
+            flow = load_network(path, run.device)
             done, steps = count_done(run, stage), remembered(run, stage).get("steps", 0)
-            if done < steps:
-                print(f"{name} is unfinished: {done:,} of {steps:,} steps")
         except Fault as fault:
             print(f"{name} is left out: {fault}")
-    if not flows:
+            continue
+        if done < steps:
+            print(f"{name} is unfinished: {done:,} of {steps:,} steps")
+        if name == "teacher":
+            found.append(("teacher, precise", flow, getattr(flow, "precise", run.precise)))
+        found.append((f"{name}, 1 step", flow, ONE_STEP))
+    if not found:
         raise Fault(f"{run.folder} holds no network; train {run.dataset} first, or name its --out")
-    return flows
+    return found
 
 def evaluate(run, n=None, ref=None, data_dir=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
     run = replace(run, n=n or run.n)
-    flows, (features, real, floor) = networks(run), reference(run, ref, data_dir)
+    rows = table_rows(run)
+    features, real, floor = reference(run, ref, data_dir)
     metric = "Frechet" if run.dataset == "digits" else "FID"
-    (noise, y), (few, few_y) = fixed_noise(run, run.n, seed=4321), fixed_noise(run, 12)
+    noise, y = fixed_noise(run, run.n, seed=4321)
+    few, few_y = fixed_noise(run, 12)
     table, strips = [("row", "parameters", "MACs", "evaluations", metric)], {}
-    for name, flow in flows.items():
-        rows = {f"{name}, 1 step": ONE_STEP}
-        if name == "teacher":
-            rows = {"teacher, precise": getattr(flow, "precise", run.precise)} | rows
-        for row, solver in rows.items():
-            images = generate(flow, noise, y, solver)
-            if solver != ONE_STEP and count_done(run, "pairs") >= run.n:  # the stored pairs are such images
-                images = map(to_uint8, load_pairs(run, "pairs")[1][: run.n].float().split(SAMPLE_BATCH))
-            distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
-            picture, evaluations = sample(flow, few, y=few_y, **solver)
-            macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
-            table.append((row, f"{count_parameters(flow):,}", macs, evaluations, f"{distance:.2f}"))
-            strips[f"{row}\n{metric} {distance:,.0f}"] = picture
+    for row, flow, solver in rows:
+        images = generate(flow, noise, y, solver)
+        if solver != ONE_STEP and count_done(run, "pairs") >= run.n:  # the stored pairs are such images
+            images = (to_uint8(x.float()) for x in load_pairs(run, "pairs")[1][: run.n].split(SAMPLE_BATCH))
+        distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
+        picture, evaluations = sample(flow, few, y=few_y, **solver)
+        macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
+        table.append((row, f"{count_parameters(flow):,}", macs, evaluations, f"{distance:.2f}"))
+        strips[f"{row}\n{metric} {distance:,.0f}"] = picture
     if floor is not None:
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
@@ -1455,7 +1457,8 @@ def main(argv=None):
     except Fault as fault:
         message = str(fault)
     except Timeout as error:
-        message = f"another run works in {Path(error.lock_file).parent}; wait for its end, or give another --out"
+        folder = Path(error.lock_file).parent
+        message = f"another run works in {folder}; wait for its end, or give another --out"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (MemoryError, torch.OutOfMemoryError):
