@@ -581,6 +581,7 @@ class Run:
     n: int  # images of the evaluation
     seed: int = 0
     out: str = "runs"
+    data_dir: str | None = None  # folder of the images, None for data/<dataset>
     device: str = DEVICES[-1]
 
     @property
@@ -641,7 +642,7 @@ def decode_folder(run, folder):
             report(start + len(y))
 
 def load_images(run, data_dir=None):
-    """All training images and their classes, as `read_images`; kept in one file, which is read by maps."""
+    """All training images and their classes, as `read_images`, which are kept in one file."""
     path = run.folder / "train/images.bin"
     columns = np.dtype([("image", "u1", run.shape), ("y", "i8")])
 
@@ -827,18 +828,17 @@ STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, nai
 MADE_FROM = dict(pairs="train", reflow="pairs", distill="reflow", naive="reflow")
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
 
-def run_stage(run, stage, given=None, fresh=False):
+def run_stage(run, stage, fresh=False, **given):
     """Bring a stage, and first those that it is made from, to its end; False if there was nothing to do.
 
-    `given` are settings that differ from the preset's: for each stage that has any, a dict.
+    `given` are settings of this stage; its folder has the others, or the preset.
     """
-    given = given or {}
-    settings = settle(run, stage, given.get(stage, {}), fresh)
+    settings = settle(run, stage, given, fresh)
     if not fresh and count_done(run, stage) >= settings[GOAL[stage]]:
         return False
     with locked(run):
         if stage in MADE_FROM and not settings.get("teacher"):
-            run_stage(run, MADE_FROM[stage], given)
+            run_stage(run, MADE_FROM[stage])
         barrier()  # all processes have read what is there
         if RANK == 0:
             set_aside(run, [stage] * fresh + dependants(run, stage))
@@ -850,22 +850,24 @@ def run_stage(run, stage, given=None, fresh=False):
         barrier()
     return True
 
-def run_all(run, given=None, fresh=False):
-    """The four stages; on the digits also the naive student, at the guided one's cost. Then the table."""
-    given = given or {}
-    stages = ["pairs", "reflow", "naive" if "naive" in given else "distill"]
-    for stage in {*given, *stages}:  # what does not fit is refused before anything runs
-        settle(run, stage, given.get(stage, {}), fresh)
+def run_all(run, given, fresh=False):
+    """Pairs, reflow, distill; on the digits also the naive student, at the guided one's cost. Then the table.
+
+    `given` are settings: a dict for each stage. Without guidance the naive student comes in place of distill.
+    """
+    for stage in given:  # what does not fit is refused before anything runs
+        settle(run, stage, given[stage], fresh)
     if run.dataset != "digits" and WORLD == 1:
         inception_features(run.device)
     if fresh and RANK == 0:
         with locked(run):
             set_aside(run, STAGES)
     barrier()
-    for stage in stages:
-        run_stage(run, stage, given)
-    if run.dataset == "digits" and "distill" in stages:
-        run_stage(run, "naive", dict(naive=naive_settings(run)))
+    for stage in given:
+        if stage != "train":  # the teacher is trained if pairs need it
+            run_stage(run, stage, **given[stage])
+    if run.dataset == "digits" and "naive" not in given:
+        run_stage(run, "naive", **preset_settings(run, "naive"))
     if WORLD == 1:
         evaluate(run)
 
@@ -877,8 +879,7 @@ def settle(run, stage, given, fresh=False):
     """
     folder, goal = run.folder / stage, GOAL[stage]
     kept = {} if fresh else remembered(run, stage)
-    preset = naive_settings(run) if stage == "naive" else dict(seed=run.seed) | run.settings[stage]
-    known = preset | kept
+    known = preset_settings(run, stage) | kept
     settings = known | given
     if not kept and stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
         settings["anneal_steps"] = settings["steps"]
@@ -905,9 +906,13 @@ def check(run, settings):
     if settings.get("teacher"):
         load_teacher(run, settings["teacher"])
 
-def naive_settings(run):
-    """The naive student's settings are the guided one's, at the same cost."""
-    guided = dict(seed=run.seed) | run.settings["distill"] | remembered(run, "distill")
+def preset_settings(run, stage):
+    """The preset's settings of a stage. The naive student's are the guided one's, at the same cost."""
+    if stage == "train":
+        return dict(seed=run.seed, data_dir=run.data_dir) | run.settings["train"]
+    if stage != "naive":
+        return dict(seed=run.seed) | run.settings[stage]
+    guided = preset_settings(run, "distill") | remembered(run, "distill")
     steps = guided["steps"] * 7 // 3  # a step costs 3 forward passes in place of 7; a backward pass is two
     return guided | dict(guidance=0.0, steps=max(steps, remembered(run, "naive").get("steps", 0)))
 
@@ -919,8 +924,7 @@ def remembered(run, stage):
         return {}
     with trying(f"read {path}", "it is damaged, or of another edition; start over with --fresh"):
         kept = json.loads(path.read_text())
-        preset = run.settings["distill" if stage == "naive" else stage]
-        if kept.keys() - {"anneal_steps"} != {"seed", *preset}:
+        if not kept.keys() >= set(run.settings["distill" if stage == "naive" else stage]):
             raise ValueError
     teacher = Path(kept.get("teacher") or "")
     if teacher.is_file() and teacher.stat().st_mtime > path.stat().st_mtime:
@@ -985,7 +989,7 @@ digits = Run(  # all numbers are ours
     dataset="digits", shape=(1, 8, 8), mirror=False, n=5_000, precise=dict(solver="adams", steps=12),
     networks={"teacher": DIGITS | dict(model_channels=32), "0.19M": DIGITS | dict(model_channels=16)},
     settings=dict(
-        train=SHORT | dict(data_dir=None, steps=1_200, lr=2e-3, warmup=100),
+        train=SHORT | dict(steps=1_200, lr=2e-3, warmup=100),
         pairs=dict(pairs=1_500, teacher=None),
         reflow=SHORT | dict(student="0.19M", anneal=0.2, anneal_schedule="linear",
                             steps=1_100, lr=4e-3, warmup=100),
@@ -998,7 +1002,7 @@ cifar10 = Run(  # all numbers are the authors', but where another source is name
     dataset="cifar10", shape=(3, 32, 32), n=50_000,  # FID's convention
     precise=dict(solver="rk45", rtol=1e-5, atol=1e-5), networks=ddpmpp_networks(32),
     settings=dict(
-        train=AUTHORS | dict(data_dir=None),  # the number of steps is ours
+        train=AUTHORS,  # the number of steps is ours
         pairs=dict(pairs=50_000, teacher=None),  # with EDM's network 100,000
         reflow=AUTHORS | dict(student="15.7M", anneal=0.375, anneal_schedule="linear"),
         distill=AUTHORS | dict(guidance=1.0, distance="lpips", targets="2-flow",  # the targets: poster
@@ -1054,17 +1058,18 @@ FLAGS = dict(  # how argparse reads each, and its help
     solver=dict(choices=SOLVERS, help="[one Euler step for a student, rk45 for other networks]"),
     npz=dict(help="file for all images: arr_0, uint8 [N, H, W, C]"),
 )
-RUN, TRAINING = ["dataset", "out", "device", "seed"], ["steps", "batch", "lr"]
-MAKE = dict(run=[*RUN, "fresh"], train=["data_dir"])  # of each command that runs stages
+RUN, TRAINING = ["dataset", "out", "device"], ["steps", "batch", "lr"]
+MAKE = [*RUN, "fresh", "data_dir"]
 COMMANDS = dict(  # and their flags, by what these are for: the run, a stage, or the command itself
-    all=MAKE | dict(pairs=["pairs", "teacher"], reflow=["student", "anneal", "anneal_schedule"],
-                    distill=["guidance", "distance", "targets"]),
-    train=MAKE | dict(train=["data_dir", *TRAINING]),
-    pairs=MAKE | dict(pairs=["pairs", "teacher"]),
-    reflow=MAKE | dict(reflow=["student", "anneal", "anneal_schedule", *TRAINING]),
-    distill=MAKE | dict(distill=["guidance", "distance", "targets", "pairs", *TRAINING]),
-    eval=dict(run=RUN, eval=["data_dir", "n", "ref"]),
-    sample=dict(run=RUN, sample=["ckpt", "n", "solver", "steps", "npz"]),
+    all=dict(run=MAKE, train=["seed", "data_dir"], pairs=["seed", "pairs", "teacher"],
+             reflow=["seed", "student", "anneal", "anneal_schedule"],
+             distill=["seed", "guidance", "distance", "targets"]),
+    train=dict(run=MAKE, train=["seed", "data_dir", *TRAINING]),
+    pairs=dict(run=MAKE, pairs=["seed", "pairs", "teacher"]),
+    reflow=dict(run=MAKE, reflow=["seed", "student", "anneal", "anneal_schedule", *TRAINING]),
+    distill=dict(run=MAKE, distill=["seed", "guidance", "distance", "targets", "pairs", *TRAINING]),
+    eval=dict(run=[*RUN, "data_dir"], eval=["n", "ref"]),
+    sample=dict(run=[*RUN, "seed"], sample=["ckpt", "n", "solver", "steps", "npz"]),
 )
 
 def flag(name):
@@ -1077,55 +1082,51 @@ class Parser(argparse.ArgumentParser):
         raise Fault(f"{message}; see `{self.prog} --help`")
 
 def parse(argv):
-    """A command line as (command, {what its flags are for: {name: value}}); only what is given."""
+    """A command line as (command, values of the flags that are given)."""
     command, *rest = argv if argv and not argv[0].startswith("-") else ["all", *argv]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command}; choose from {', '.join(COMMANDS)}")
     parser = Parser(prog=f"slimflow.py {command}", description=__doc__ if command == "all" else None,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for owner, names in COMMANDS[command].items():
-        for name in names:
-            options = FLAGS[name]
-            values = [f"{preset.dataset} {preset.settings[owner][name]}" for preset in PRESETS.values()
-                      if preset.settings.get(owner, {}).get(name)]
-            if values:
-                options = options | dict(help=f"{options['help']} [{', '.join(values)}]")
-            parser.add_argument(flag(name), **options)
-    values, unknown = parser.parse_known_args(rest)
+    owners = {name: owner for owner, names in COMMANDS[command].items() for name in names}
+    for name, owner in owners.items():
+        options = FLAGS[name]
+        values = [f"{preset.dataset} {preset.settings[owner][name]}" for preset in PRESETS.values()
+                  if preset.settings.get(owner, {}).get(name)]
+        if values:
+            options = options | dict(help=f"{options['help']} [{', '.join(values)}]")
+        parser.add_argument(flag(name), **options)
+    given, unknown = parser.parse_known_args(rest)
     for word in unknown:
         takers = [other for other, groups in COMMANDS.items()
                   if word.split("=")[0] in map(flag, itertools.chain(*groups.values()))]
         whose = f"it is for {', '.join(takers)}" if takers else f"see `{parser.prog} --help`"
         raise Fault(f"{command} takes no {word}; {whose}")
-    given = vars(values)
-    return command, {owner: {name: given[name] for name in names if name in given}
-                     for owner, names in COMMANDS[command].items()}
+    return command, vars(given)
 
 def run_command(command, given):
     """Do what a command line asks for."""
-    own = given.pop("run")
-    fresh = own.pop("fresh", False)
-    settings = {name: value for values in given.values() for name, value in values.items()}
-    run = replace(PRESETS[own.get("dataset", "digits")], **own)
-    if run.dataset == "digits" and ("data_dir" in settings or "ref" in settings):
+    fields = ("dataset", "out", "device", "data_dir", "seed")
+    run = replace(PRESETS[given.get("dataset", "digits")], **{k: given[k] for k in fields if k in given})
+    if run.dataset == "digits" and ("data_dir" in given or "ref" in given):
         raise Fault("--data-dir and --ref are not for the digits; name a data set with --dataset")
-    if settings.get("teacher") == os.path.realpath(run.folder / "train/ckpt.pt"):
-        given["pairs"]["teacher"] = None  # the one of stage 1
+    if given.get("teacher") == os.path.realpath(run.folder / "train/ckpt.pt"):
+        given["teacher"] = None  # the one of stage 1
+    own = {owner: {name: given[name] for name in names if name in given}
+           for owner, names in COMMANDS[command].items() if owner != "run"}
+    if given.get("guidance") == 0:
+        own["naive"] = own.pop("distill")
     if command == "sample":
-        return sample_images(run, **settings)
-    if command == "eval":
-        return evaluate(run, **settings)
-    if settings.get("guidance") == 0:
-        given["naive"] = given.pop("distill")
-    stage = list(given)[-1]
-    if "seed" in own:
-        for name in given if command == "all" else [stage]:
-            given[name]["seed"] = run.seed
-    if command == "all":
-        run_all(run, given, fresh)
-    elif not run_stage(run, stage, given, fresh):
-        print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
+        sample_images(run, **own["sample"])
+    elif command == "eval":
+        evaluate(run, **own["eval"])
+    elif command == "all":
+        run_all(run, own, "fresh" in given)
+    else:
+        ((stage, settings),) = own.items()
+        if not run_stage(run, stage, "fresh" in given, **settings):
+            print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
 
 # ---- 8. Evaluation: distances between sets of images, sizes, pictures --------------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -1204,7 +1205,7 @@ def generate(flow, noise, y, solver):
         done += len(z)
         report(done)
 
-def reference(run, ref=None, data_dir=None):
+def reference(run, ref=None):
     """Features of images as a function, the moments of the real ones, and (of the digits) the floor.
 
     The digits' classifier is trained on every other scan and compares with the rest: it saw neither side.
@@ -1220,7 +1221,7 @@ def reference(run, ref=None, data_dir=None):
         return features, moments([real]), floor * bias
     features = inception_features(run.device)
     if ref is None:
-        data_dir = data_dir or remembered(run, "train").get("data_dir")
+        data_dir = run.data_dir or remembered(run, "train").get("data_dir")
         batches = (x for images, _ in read_images(run, data_dir) for x in images.split(SAMPLE_BATCH))
         return features, moments(features(x.to(run.device)) for x in batches), None
     with trying(f"read {ref}", "it is no npz with mu [2048] and sigma [2048, 2048]"), np.load(ref) as file:
@@ -1249,11 +1250,11 @@ def table_rows(run):
         raise Fault(f"{run.folder} holds no network; train {run.dataset} first, or name its --out")
     return found
 
-def evaluate(run, n=None, ref=None, data_dir=None):
+def evaluate(run, n=None, ref=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
     run = replace(run, n=n or run.n)
     rows = table_rows(run)
-    features, real, floor = reference(run, ref, data_dir)
+    features, real, floor = reference(run, ref)
     metric = "Frechet" if run.dataset == "digits" else "FID"
     noise, y = fixed_noise(run, run.n, seed=4321)
     few, few_y = fixed_noise(run, 12)

@@ -43,7 +43,7 @@ PLAN = dict(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
 def tiny(out, stages=None, **changes):
     """The digits' run with tiny networks and schedules, under a folder; `stages` has other settings."""
     settings = dict(
-        train=PLAN | dict(data_dir=None), pairs=dict(pairs=40, teacher=None),
+        train=PLAN, pairs=dict(pairs=40, teacher=None),
         reflow=PLAN | dict(student="small", anneal=0.5, anneal_schedule="linear"),
         distill=PLAN | dict(guidance=1.0, distance="huber", targets="teacher", pairs=40),
     )
@@ -391,8 +391,8 @@ def folder(tmp_path):
     return tmp_path / "images", pictures.transpose(0, 3, 1, 2)[[0, 2, 4, 1, 3]]
 
 def little(folder, dataset, classes, **changes):
-    train = dict(train=dict(data_dir=str(folder)))
-    return tiny(folder.parent, train, dataset=dataset, shape=(3, 8, 8), label_dim=classes, **changes)
+    changes |= dict(dataset=dataset, shape=(3, 8, 8), label_dim=classes, data_dir=str(folder))
+    return tiny(folder.parent, **changes)
 
 @pytest.mark.parametrize("dataset, classes", [("imagenet64", 2), ("ffhq64", 0)])
 def test_images_come_from_a_folder_and_are_decoded_once(folder, dataset, classes):
@@ -509,7 +509,7 @@ def test_the_first_stages_are_made_first_and_the_seed_decides_all(whole, tmp_pat
 def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, monkeypatch):
     monkeypatch.setattr(sf, "SAMPLE_BATCH", 10)
     shutil.rmtree(copied.folder / "pairs")
-    sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=55)))
+    sf.run_stage(copied, "pairs", pairs=55)
     expected = rows_of(copied)
     assert len(np.unique(expected["noise"].reshape(55, -1), axis=0)) == 55
     shutil.rmtree(copied.folder / "pairs")
@@ -519,11 +519,11 @@ def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, m
         return 1 / 0 if len(calls) == 3 else work(*args, **options)
     monkeypatch.setattr(sf, "sample", interrupted)
     with pytest.raises(ZeroDivisionError):
-        sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=38)))
+        sf.run_stage(copied, "pairs", pairs=38)
     assert sf.count_done(copied, "pairs") == 20
     sf.run_stage(copied, "pairs")  # two batches are there; the interrupted one and the last are made
     assert len(calls) == 3 + 2 and (rows_of(copied) == expected[:38]).all()
-    sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=55)))
+    sf.run_stage(copied, "pairs", pairs=55)
     assert len(calls) == 3 + 2 + 3 and (rows_of(copied) == expected).all()
 
 def test_train_mirrors_each_image_by_its_own_coin_and_reflow_the_whole_batch(copied, tmp_path):
@@ -597,7 +597,7 @@ def test_naive_and_guided_students_of_all_are_trained_at_equal_cost(copied, monk
 def test_distill_makes_pairs_of_its_own_where_the_2_flow_gives_the_targets(copied, refused):
     shutil.rmtree(copied.folder / "distill")
     assert "add --targets 2-flow" in refused(f"distill --pairs 50 --out {copied.out}")
-    sf.run_stage(copied, "distill", dict(distill=dict(targets="2-flow", pairs=30)))
+    sf.run_stage(copied, "distill", targets="2-flow", pairs=30)
     own, flow = rows_of(copied, "distill"), sf.load_flow(copied.folder / "reflow/ckpt.pt")
     data, _ = sf.sample(flow, torch.from_numpy(own["noise"]).float(), **copied.precise)
     torch.testing.assert_close(data.half(), torch.from_numpy(own["data"]), atol=2e-3, rtol=2e-3)
@@ -628,13 +628,13 @@ def test_what_is_not_given_is_remembered_and_else_the_presets(ran, refused):
 
 def test_more_steps_or_pairs_set_aside_what_was_made_and_never_raise_b(copied):
     before = contents(copied)
-    assert sf.run_stage(copied, "reflow", dict(reflow=dict(steps=30, lr=1e-3)))
+    assert sf.run_stage(copied, "reflow", steps=30, lr=1e-3)
     assert batches(copied, "reflow", "anneal_beta", 1) == [(0, 6.0, "linear")]  # 0 from step 6 on, as before
     assert sf.count_done(copied, "reflow") == 30 and not (copied.folder / "distill").exists()
     assert checkpoint(copied.folder / "distill.1") == before["distill"]
-    assert sf.run_stage(copied, "pairs", dict(pairs=dict(pairs=50)))
+    assert sf.run_stage(copied, "pairs", pairs=50)
     assert len(rows_of(copied)) == 50 and (copied.folder / "reflow.1/ckpt.pt").exists()
-    assert sf.run_stage(copied, "train", dict(train=dict(steps=14)))
+    assert sf.run_stage(copied, "train", steps=14)
     left = {path.name for path in copied.folder.glob("[a-z]*")}
     assert left == {"train", "pairs.1", "reflow.1", "distill.1"}
 
@@ -714,7 +714,8 @@ def test_killed_in_mid_reflow_it_ends_as_if_it_never_was(copied, tmp_path):
     with python("-c", COMMAND, "distill", "--out", killed.out) as process:
         out, error = process.communicate()
     assert process.returncode == 0 and error == "" and "goes on from step" in out
-    sf.run_stage(copied, "distill", dict(reflow=dict(steps=400)))
+    sf.run_stage(copied, "reflow", steps=400)
+    sf.run_stage(copied, "distill")
     assert contents(killed) == contents(copied)
 
 def test_two_processes_train_as_one(tmp_path, monkeypatch):
@@ -779,18 +780,18 @@ def test_slimflow_is_a_command(tmp_path):
 
 def test_flags_reach_the_stage_that_they_are_for(ran, monkeypatch):
     calls = []
-    monkeypatch.setattr(sf, "run_stage", lambda *args: calls.append(args) or True)
-    monkeypatch.setattr(sf, "run_all", lambda *args: calls.append(args))
+    for name in ("run_stage", "run_all"):
+        monkeypatch.setattr(sf, name, lambda *args, **given: calls.append((args, given)) or True)
     def passed(line):
         sf.run_command(*sf.parse(line.split()))
         return calls.pop()
-    run, stage, given, _ = passed("distill --dataset cifar10 --steps 5 --lr 0.1 --guidance 0.5 --distance l2")
-    assert (run, stage) == (sf.PRESETS["cifar10"], "distill")
-    assert given == dict(train={}, distill=dict(steps=5, lr=0.1, guidance=0.5, distance="l2"))
-    run, stage, given, fresh = passed("distill --guidance 0 --seed 2 --out o --fresh")
-    assert (run, stage, fresh) == (replace(sf.PRESETS["digits"], seed=2, out="o"), "naive", True)
-    assert given == dict(train={}, naive=dict(guidance=0, seed=2))
-    _, given, fresh = passed("--pairs 9 --student small --targets 2-flow")
+    (run, *stage), given = passed("distill --dataset cifar10 --steps 5 --lr 0.1 --guidance 2 --distance l2")
+    assert (run, stage) == (sf.PRESETS["cifar10"], ["distill", False])
+    assert given == dict(steps=5, lr=0.1, guidance=2, distance="l2")
+    (run, *stage), given = passed("distill --guidance 0 --seed 2 --out o --fresh")
+    assert (run, stage) == (replace(sf.PRESETS["digits"], seed=2, out="o"), ["naive", True])
+    assert given == dict(guidance=0, seed=2)
+    (_, given, fresh), _ = passed("--pairs 9 --student small --targets 2-flow")
     assert given["train"] == {} and given["pairs"] == dict(pairs=9) and not fresh
     assert given["reflow"] == dict(student="small") and given["distill"] == dict(targets="2-flow")
 

@@ -72,7 +72,7 @@ class Digits:
     def __init__(self, seed):
         self.seed, self.scale, out = seed, 1.0, f"runs/experiments/{seed}"
         run = replace(sf.digits, seed=seed, device="cpu", out=out)
-        sf.run_stage(run, "pairs", {"pairs": dict(pairs=6_000 + HELD_OUT)})
+        sf.run_stage(run, "pairs", pairs=6_000 + HELD_OUT)
         self.noise, self.data = (x.float() for x in sf.load_pairs(run, "pairs")[:2])
         self.images, labels = sf.load_digits()
         self.fresh, self.y = sf.fixed_noise(run, 5_000, seed=4321)
