@@ -219,18 +219,19 @@ SAMPLE_BATCH = 100  # images that a solver takes at once
 
 def sample(flow, noise, solver="rk45", y=None, **options):
     """Run a solver to its end: images [B, ...], and how many evaluations they took. Fault if not finite."""
-    calls = []
+    evaluations = 0
 
     def counted(x, t, y):
-        calls.append(t)
+        nonlocal evaluations
+        evaluations += 1
         return flow(x, t, y)
 
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # too coarse for RK45
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # TF32 is too coarse
         for _, x in SOLVERS[solver](counted, noise, y=y, **options):  # noqa: B007
             pass
     if not x.isfinite().all():
         raise Fault(f"the images of {solver} are not finite; take another solver, or another network")
-    return x, len(calls)
+    return x, evaluations
 
 # ---- 3. Network: one UNet for both published families, DDPM++ (CIFAR-10, FFHQ) and ADM (ImageNet) ----------
 def group_norm(channels, kind):
@@ -250,11 +251,16 @@ class Block(nn.Module):
     def __init__(self, c_in, c_out, c_emb, kind, dropout=0.0, resample=None, attention=False):
         super().__init__()
         adm = kind == "adm"
-        self.adm, self.dropout, self.resample, self.attention = adm, dropout, resample, attention
+        self.adm, self.dropout, self.attention = adm, dropout, attention
         self.heads, self.gain = (c_out // 64, 1.0) if adm else (1, math.sqrt(0.5))
         self.norm0, self.conv0 = group_norm(c_in, kind), conv(c_in, c_out, 3)
         self.affine = nn.Linear(c_emb, 2 * c_out if adm else c_out)
         self.norm1, self.conv1 = group_norm(c_out, kind), conv(c_out, c_out, 3)
+        self.resample = nn.Identity()
+        if resample == "down":
+            self.resample = nn.AvgPool2d(2)
+        elif resample == "up":
+            self.resample = nn.Upsample(scale_factor=2.0)
         needs_skip = c_in != c_out or (resample and not adm)
         self.skip = conv(c_in, c_out, 1) if needs_skip else nn.Identity()
         if attention:
@@ -263,7 +269,7 @@ class Block(nn.Module):
 
     def forward(self, x, emb):
         """x [B, c_in, H, W], emb [B, c_emb] -> [B, c_out, H', W'] with H' = H, H/2 (down) or 2H (up)."""
-        h = self.conv0(self._resampled(F.silu(self.norm0(x))))  # (B, c_out, H', W')
+        h = self.conv0(self.resample(F.silu(self.norm0(x))))  # (B, c_out, H', W')
         emb = self.affine(emb)[:, :, None, None]
         if self.adm:
             scale, shift = emb.chunk(2, dim=1)  # each (B, c_out, 1, 1)
@@ -271,16 +277,9 @@ class Block(nn.Module):
         else:
             h = self.norm1(h + emb)
         h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
-        x = (self.skip(self._resampled(x)) + h) * self.gain
+        x = (self.skip(self.resample(x)) + h) * self.gain
         if self.attention:
             x = (self.proj(self._attended(self.qkv(self.norm2(x)))) + x) * self.gain
-        return x
-
-    def _resampled(self, x):
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return x
 
     def _attended(self, qkv):
@@ -610,7 +609,7 @@ def read_images(run, data_dir=None):
         yield load_digits()
     elif run.dataset == "cifar10":  # torchvision checks the archive's MD5 sum
         dataset = import_package("torchvision.datasets").CIFAR10
-        with trying(f"use or download {dataset.url} (or put it into {folder})", "it is damaged"):
+        with trying(f"use or download {dataset.url} (or put it into {folder})", "no network, or damaged"):
             images = torch.from_numpy(dataset(folder, train=True, download=True).data)
         yield images.permute(0, 3, 1, 2), torch.zeros(len(images), dtype=torch.int64)
     else:
@@ -620,7 +619,8 @@ def decode_folder(run, folder):
     """Yield the images in a folder, scaled and cropped to squares, and their classes, 512 at a time."""
     files_of = import_package("torchvision.datasets.folder")
     transforms = import_package("torchvision.transforms")
-    with trying(f"find images in {folder} (--data-dir names another folder)", "there are none"):
+    without = "there are no folders of images, one for each class" if run.label_dim else "there are none"
+    with trying(f"find images in {folder} (--data-dir names another folder)", without):
         classes = {"": 0}  # torchvision then searches the folder itself, and those in it
         if run.label_dim:  # a folder for each class, as ImageNet comes
             classes = files_of.find_classes(folder)[1]
@@ -672,10 +672,14 @@ def pair_columns(run):
     """A row of pairs.bin: the image x at the end of a flow's ODE, its class y, the noise z at its start."""
     return np.dtype([("data", "f2", run.shape), ("y", "i8"), ("noise", "f2", run.shape)])
 
-def batches_made(rows):
-    """The starts of the batches of pairs that are made: a row is 0 until it is written, noise last."""
+def missing_batches(rows):
+    """The starts of the batches of pairs that are still to be made.
+
+    What was never written is zero. A batch is written from its first row to its last, and of a row the noise
+    comes last: if that is zero, the batch is missing, or a kill cut it.
+    """
     starts = range(0, len(rows), SAMPLE_BATCH)
-    return [start for start in starts if rows["noise"][start : start + SAMPLE_BATCH][-1].any()]
+    return [start for start in starts if not rows["noise"][start : start + SAMPLE_BATCH][-1].any()]
 
 def write_pairs(run, stage, flow, n, seed):
     """Fill <stage>/pairs.bin up to n rows, by a precise solver.
@@ -688,9 +692,8 @@ def write_pairs(run, stage, flow, n, seed):
         path.touch()
         os.truncate(path, max(n * columns.itemsize, path.stat().st_size))
     barrier()
-    made = batches_made(load_rows(path, columns))
     mine = range(RANK * SAMPLE_BATCH, n, WORLD * SAMPLE_BATCH)
-    todo = [start for start in mine if start not in made]
+    todo = [start for start in missing_batches(load_rows(path, columns)) if start in mine]
     report = progress("pairs", 0, len(todo), SAMPLE_BATCH * WORLD, "batches")
     for done, start in enumerate(todo, 1):
         seed_all(seed, f"{stage}, pairs", start)
@@ -769,7 +772,8 @@ def train(run, seed, data_dir, **schedule):
 
 def make_pairs(run, seed, pairs, teacher):
     """Stage 2: the teacher's ODE from each z to its x. The teacher is a file; None: that of stage 1."""
-    write_pairs(run, "pairs", load_teacher(run, teacher or run.folder / "train/ckpt.pt"), pairs, seed)
+    flow = load_network(teacher or run.folder / "train/ckpt.pt", run.device)
+    write_pairs(run, "pairs", flow, pairs, seed)
 
 def reflow(run, seed, student, anneal, anneal_schedule, anneal_steps, **schedule):
     """Stage 3: annealing reflow, from random weights to a small 2-rectified flow."""
@@ -816,14 +820,6 @@ def fit_stage(run, stage, config, loss, schedule, seed, solver, start=None):
 
     fit(net, loss, schedule, seed, stage, run.folder / stage, picture)
 
-def load_teacher(run, path):
-    """The network that makes the pairs; Fault if it makes other images than the run's."""
-    teacher = load_network(path, run.device)
-    channels, size, classes = (teacher.config[name] for name in ("channels", "resolution", "label_dim"))
-    if (channels, size, size, classes) != (*run.shape, run.label_dim):
-        raise Fault(f"{path} makes {size}x{size} images of {classes} classes, not {run.dataset}'s")
-    return teacher
-
 STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, naive=distill)
 MADE_FROM = dict(pairs="train", reflow="pairs", distill="reflow", naive="reflow")
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
@@ -841,7 +837,8 @@ def run_stage(run, stage, fresh=False, **given):
             run_stage(run, MADE_FROM[stage])
         barrier()  # all processes have read what is there
         if RANK == 0:
-            set_aside(run, [stage] * fresh + dependants(run, stage))
+            stale = dependants(run, stage)
+            set_aside(run, [stage, *stale] if fresh else stale)
             path, text = run.folder / stage / "settings.json", json.dumps(settings)
             save_file(path, lambda file: file.write(text.encode()))
             print(f"{stage}, into {path.parent}:", ", ".join(f"{k} {v}" for k, v in settings.items()))
@@ -855,6 +852,12 @@ def run_all(run, given, fresh=False):
 
     `given` are settings: a dict for each stage. Without guidance the naive student comes in place of distill.
     """
+    if run.dataset == "digits" and "naive" not in given:
+        naive = settle(run, "distill", given["distill"], fresh) | dict(guidance=0.0)
+        naive["steps"] = naive["steps"] * 7 // 3  # of 3 forward passes, not 7; a backward pass counts as two
+        if not fresh:
+            naive["steps"] = max(naive["steps"], remembered(run, "naive").get("steps", 0))
+        given = given | dict(naive=naive)
     for stage in given:  # what does not fit is refused before anything runs
         settle(run, stage, given[stage], fresh)
     if run.dataset != "digits" and WORLD == 1:
@@ -866,10 +869,10 @@ def run_all(run, given, fresh=False):
     for stage in given:
         if stage != "train":  # the teacher is trained if pairs need it
             run_stage(run, stage, **given[stage])
-    if run.dataset == "digits" and "naive" not in given:
-        run_stage(run, "naive", **preset_settings(run, "naive"))
     if WORLD == 1:
         evaluate(run)
+    else:
+        print("for the table run `slimflow.py eval`, without torchrun")
 
 def settle(run, stage, given, fresh=False):
     """A stage's settings: each is the given one, else the one that its folder remembers, else the preset's.
@@ -881,13 +884,14 @@ def settle(run, stage, given, fresh=False):
     kept = {} if fresh else remembered(run, stage)
     known = preset_settings(run, stage) | kept
     settings = known | given
-    if not kept and stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
+    if kept and has_results(folder):
+        for name, value in given.items():
+            taken = name == "lr" or (name == goal and value > kept[name])
+            if value != kept[name] and not taken:
+                was = f"{flag(name)} {kept[name]}"
+                raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
+    elif stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
         settings["anneal_steps"] = settings["steps"]
-    for name in given.keys() & kept.keys():
-        taken = name == "lr" or (name == goal and given[name] > kept[name])
-        if given[name] != kept[name] and not taken:
-            was = f"{flag(name)} {kept[name]}"
-            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     if settings.get("targets") == "teacher" and settings["pairs"] != known["pairs"]:
         raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
     if fresh or count_done(run, stage) < settings[goal]:
@@ -904,27 +908,30 @@ def check(run, settings):
     if settings.get("distance") == "lpips":
         lpips_network(run.device)
     if settings.get("teacher"):
-        load_teacher(run, settings["teacher"])
+        has = load_network(settings["teacher"], run.device).config
+        size, classes = has["resolution"], has["label_dim"]
+        if (has["channels"], size, size, classes) != (*run.shape, run.label_dim):
+            what = f"{size}x{size} images of {classes} classes"
+            raise Fault(f"{settings['teacher']} makes {what}, not {run.dataset}'s")
 
 def preset_settings(run, stage):
-    """The preset's settings of a stage. The naive student's are the guided one's, at the same cost."""
-    if stage == "train":
-        return dict(seed=run.seed, data_dir=run.data_dir) | run.settings["train"]
-    if stage != "naive":
-        return dict(seed=run.seed) | run.settings[stage]
-    guided = preset_settings(run, "distill") | remembered(run, "distill")
-    steps = guided["steps"] * 7 // 3  # a step costs 3 forward passes in place of 7; a backward pass is two
-    return guided | dict(guidance=0.0, steps=max(steps, remembered(run, "naive").get("steps", 0)))
+    """The preset's settings of a stage; the naive student has those of distill."""
+    settings = dict(seed=run.seed) | run.settings["distill" if stage == "naive" else stage]
+    return settings | dict(data_dir=run.data_dir) if stage == "train" else settings
+
+def has_results(folder):
+    """Whether a stage has left more in its folder than its settings."""
+    return (folder / "ckpt.pt").exists() or any(folder.glob("*.bin"))
 
 def remembered(run, stage):
-    """The settings in a stage's folder, {} if there are none. Fault if they are not those of its results."""
+    """The settings in a stage's folder, {} if there are none; Fault if they cannot be of its results."""
     folder = run.folder / stage
     path = folder / "settings.json"
-    if not path.exists() and not (folder / "ckpt.pt").exists():
+    if not path.exists() and not has_results(folder):
         return {}
     with trying(f"read {path}", "it is damaged, or of another edition; start over with --fresh"):
         kept = json.loads(path.read_text())
-        if not kept.keys() >= set(run.settings["distill" if stage == "naive" else stage]):
+        if not kept.keys() >= preset_settings(run, stage).keys():
             raise ValueError
     teacher = Path(kept.get("teacher") or "")
     if teacher.is_file() and teacher.stat().st_mtime > path.stat().st_mtime:
@@ -932,13 +939,13 @@ def remembered(run, stage):
     return kept
 
 def count_done(run, stage):
-    """How many steps (of `pairs`: pairs) a stage has done; reads no weights."""
+    """How many steps (of `pairs`: pairs without a gap) a stage has done; reads no weights."""
     path = run.folder / stage / ("pairs.bin" if stage == "pairs" else "ckpt.pt")
     if not path.exists():
         return 0
     if stage == "pairs":
         rows = load_rows(path, pair_columns(run))
-        return min(len(rows), len(batches_made(rows)) * SAMPLE_BATCH)
+        return min(missing_batches(rows), default=len(rows))
     with trying(f"read {path} as slimflow's", "it is damaged; start over with --fresh"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"]
 
@@ -1024,37 +1031,27 @@ imagenet64 = replace(
 )
 PRESETS = {preset.dataset: preset for preset in (digits, cifar10, ffhq64, imagenet64)}
 
-def at_least(least, kind):
-    """How argparse reads a number, an int or a float, from `least` to a billion."""
-    def number(text):
-        if not least <= kind(text) <= 1e9:  # so that nan is refused
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to 10^9")
-        return kind(text)
-
-    return number
-
-COUNT, SEED, WEIGHT = at_least(1, int), at_least(0, int), at_least(0, float)
 FLAGS = dict(  # how argparse reads each, and its help
-    dataset=dict(choices=PRESETS, help="preset, [digits]"),
+    dataset=dict(choices=PRESETS, help="preset [digits]"),
     out=dict(help="folder of <dataset>/<stage>/ [runs]"),
     device=dict(choices=DEVICES, help=f"[{DEVICES[-1]}]"),
     fresh=dict(action="store_true", help="start over (all: everything); what is there is renamed"),
-    seed=dict(type=SEED, help="of all random numbers [0]"),
+    seed=dict(type=int, help="of all random numbers [0]"),
     data_dir=dict(type=os.path.realpath, help="folder of the images [data/<dataset>]"),
-    steps=dict(type=COUNT, help="training steps of this stage, or steps of sample's solver"),
-    batch=dict(type=COUNT, help="images per step"),
-    lr=dict(type=WEIGHT, help="Adam's learning rate"),
-    pairs=dict(type=COUNT, help="number of pairs (noise, image) to make; of distill: by the 2-flow"),
+    steps=dict(type=int, help="training steps; of sample: steps of the solver"),
+    batch=dict(type=int, help="images per step"),
+    lr=dict(type=float, help="Adam's learning rate"),
+    pairs=dict(type=int, help="number of pairs (noise, image) to make; of distill: by the 2-flow"),
     teacher=dict(type=os.path.realpath, help="EDM's .pkl, the authors' .pth or a ckpt.pt, in place of train"),
     student=dict(help="size of the student"),
-    anneal=dict(type=WEIGHT, help="share of the steps until b is 0 (exponential: 1/e); 0: plain reflow"),
+    anneal=dict(type=float, help="share of the steps until b is 0 (exponential: 1/e); 0: plain reflow"),
     anneal_schedule=dict(choices=SCHEDULES, help="how b falls"),
-    guidance=dict(type=WEIGHT, help="weight of the guidance loss; 0: naive distillation, in its own folder"),
+    guidance=dict(type=float, help="weight of the guidance loss; 0: naive distillation, in its own folder"),
     distance=dict(choices=DISTANCES, help="D of the distillation"),
     targets=dict(choices=("2-flow", "teacher"), help="whose pairs are distilled"),
     ref=dict(help="npz with mu and sigma, in place of the training images"),
     ckpt=dict(help="a ckpt.pt, EDM's .pkl or the authors' .pth [the one of distill]"),
-    n=dict(type=COUNT, help="number of images"),
+    n=dict(type=int, help="number of images"),
     solver=dict(choices=SOLVERS, help="[one Euler step for a student, rk45 for other networks]"),
     npz=dict(help="file for all images: arr_0, uint8 [N, H, W, C]"),
 )
@@ -1098,34 +1095,41 @@ def parse(argv):
             options = options | dict(help=f"{options['help']} [{', '.join(values)}]")
         parser.add_argument(flag(name), **options)
     given, unknown = parser.parse_known_args(rest)
-    for word in unknown:
+    if unknown:
+        word = unknown[0].split("=")[0]
         takers = [other for other, groups in COMMANDS.items()
-                  if word.split("=")[0] in map(flag, itertools.chain(*groups.values()))]
+                  if word in map(flag, itertools.chain(*groups.values()))]
         whose = f"it is for {', '.join(takers)}" if takers else f"see `{parser.prog} --help`"
         raise Fault(f"{command} takes no {word}; {whose}")
+    for name, value in vars(given).items():
+        least = 0 if name in ("seed", "lr", "anneal", "guidance") else 1
+        if isinstance(value, (int, float)) and not least <= value <= 1e9:
+            raise Fault(f"{flag(name)} {value} is not a number from {least} to 10^9")
     return command, vars(given)
 
 def run_command(command, given):
     """Do what a command line asks for."""
-    fields = ("dataset", "out", "device", "data_dir", "seed")
-    run = replace(PRESETS[given.get("dataset", "digits")], **{k: given[k] for k in fields if k in given})
+    fields = {name: given[name] for name in ("dataset", "out", "device", "data_dir", "seed") if name in given}
+    run = replace(PRESETS[given.get("dataset", "digits")], **fields)
     if run.dataset == "digits" and ("data_dir" in given or "ref" in given):
         raise Fault("--data-dir and --ref are not for the digits; name a data set with --dataset")
     if given.get("teacher") == os.path.realpath(run.folder / "train/ckpt.pt"):
         given["teacher"] = None  # the one of stage 1
-    own = {owner: {name: given[name] for name in names if name in given}
-           for owner, names in COMMANDS[command].items() if owner != "run"}
-    if given.get("guidance") == 0:
-        own["naive"] = own.pop("distill")
+    fresh, naive = "fresh" in given, given.get("guidance") == 0
+    own = {}  # the values, by what they are for
+    for owner, names in COMMANDS[command].items():
+        stage = "naive" if owner == "distill" and naive else owner
+        own[stage] = {name: given[name] for name in names if name in given}
+    del own["run"]
     if command == "sample":
         sample_images(run, **own["sample"])
     elif command == "eval":
         evaluate(run, **own["eval"])
     elif command == "all":
-        run_all(run, own, "fresh" in given)
+        run_all(run, own, fresh)
     else:
         ((stage, settings),) = own.items()
-        if not run_stage(run, stage, "fresh" in given, **settings):
+        if not run_stage(run, stage, fresh, **settings):
             print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
 
 # ---- 8. Evaluation: distances between sets of images, sizes, pictures --------------------------------------
@@ -1205,20 +1209,23 @@ def generate(flow, noise, y, solver):
         done += len(z)
         report(done)
 
-def reference(run, ref=None):
-    """Features of images as a function, the moments of the real ones, and (of the digits) the floor.
+def measure_floor(real, n):
+    """The distance that n images of a perfect generator would have from these real features [N, d].
 
-    The digits' classifier is trained on every other scan and compares with the rest: it saw neither side.
-    The floor is for a perfect generator: half of the rest against half, scaled as the bias is, by 1 / images.
+    It is a bias, which falls as 1 / images. Half of the real ones against half has it too; scale that.
     """
+    a, b = real.tensor_split(2)
+    halves = [real[torch.randperm(len(real))].split([len(a), len(b)]) for _ in range(100)]
+    between = np.mean([frechet_distance(*moments([a]), *moments([b])) for a, b in halves])
+    return between * (1 / n + 1 / len(real)) / (1 / len(a) + 1 / len(b))
+
+def reference(run, ref=None):
+    """Features of images as a function, the moments of the real ones, and (of the digits) the floor."""
     if run.dataset == "digits":
-        images, y = load_digits()
+        images, y = load_digits()  # half of them train the classifier, and the rest are compared with
         features = digit_features(run, images[::2], y[::2])
         real = features(images[1::2].to(run.device))
-        halves = [real[torch.randperm(len(real))].tensor_split(2) for _ in range(100)]
-        floor = np.mean([frechet_distance(*moments([a]), *moments([b])) for a, b in halves])
-        bias = (1 / run.n + 1 / len(real)) / sum(1 / len(half) for half in halves[0])
-        return features, moments([real]), floor * bias
+        return features, moments([real]), measure_floor(real, run.n)
     features = inception_features(run.device)
     if ref is None:
         data_dir = run.data_dir or remembered(run, "train").get("data_dir")
@@ -1272,7 +1279,7 @@ def evaluate(run, n=None, ref=None):
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
     save_pictures(run.folder / "summary.png", torch.cat(list(strips.values())), 12, list(strips))
-    print(f"distances of {run.n:,} images; see {run.folder / 'summary.png'}")
+    print(f"distances of {run.n:,} images (those of other numbers differ); see {run.folder / 'summary.png'}")
 
 def print_table(rows):
     """Rows of cells in aligned columns, the first to the left, the others to the right."""
@@ -1287,14 +1294,12 @@ def save_pictures(path, images, columns=8, labels=()):
         x = F.interpolate(to_uint8(images.float().cpu()), scale_factor=max(1, 64 // images.shape[-1]))
         picture = import_package("torchvision.utils").make_grid(x, columns, 4, pad_value=255).permute(1, 2, 0)
         height, width = picture.shape[:2]
-        margin = 150 if labels else 0
-        figure = Figure(figsize=((margin + width) / 100, height / 100), dpi=100)
-        axes = figure.add_axes((margin / (margin + width), 0, width / (margin + width), 1))
+        figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[])
         axes.imshow(picture.numpy())
-        axes.set_axis_off()
-        for i, label in enumerate(labels):
-            axes.text(-8, (i + 0.5) * height / len(labels), label, ha="right", va="center", fontsize=9)
-        save_file(path, partial(figure.savefig, format="png"))
+        axes.set_yticks([(i + 0.5) * height / len(labels) for i in range(len(labels))], labels)
+        axes.tick_params(length=0, labelsize=9)
+        save_file(path, partial(figure.savefig, format="png", bbox_inches="tight", pad_inches=0.05))
 
 def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
     """Write n images of a network to the file npz, if named, and up to 64 of them to samples.png."""
@@ -1305,11 +1310,10 @@ def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
     if solver is None:
         one_step = flow.stage in ("distill", "naive")
         solver, steps = ("euler", steps or 1) if one_step else ("rk45", steps)
-        print(f"{path} is taken for a network of stage {flow.stage}: solver {solver}; else give --solver")
-    if solver == "rk45" and steps:
-        raise Fault("rk45 chooses its steps; leave out --steps, or give another --solver")
-    if solver != "rk45" and not steps:
-        raise Fault(f"--solver {solver} needs --steps")
+        how = f"euler --steps {steps}" if one_step else "rk45"
+        print(f"{path} is taken for a network of stage {flow.stage}: --solver {how}")
+    if (solver == "rk45") == bool(steps):
+        raise Fault("--steps goes with every --solver but rk45, which chooses its own")
     options = dict(solver=solver, steps=steps) if steps else dict(solver=solver)
     seed_all(run.seed, "sample", 0)
     size = flow.config["resolution"]
@@ -1454,6 +1458,8 @@ def main(argv=None):
             if RANK > 0:  # only the first prints
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         run_command(command, given)
+        if WORLD > 1:
+            dist.destroy_process_group()
         return 0
     except Fault as fault:
         message = str(fault)
