@@ -892,6 +892,9 @@ def settle(run, stage, given, fresh=False):
                 raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     elif stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
         settings["anneal_steps"] = settings["steps"]
+    teacher = Path(kept.get("teacher") or "")
+    if teacher.is_file() and teacher.stat().st_mtime > (folder / "settings.json").stat().st_mtime:
+        raise Fault(f"{teacher} has changed since it made {folder}; start that over with --fresh")
     if settings.get("targets") == "teacher" and settings["pairs"] != known["pairs"]:
         raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
     if fresh or count_done(run, stage) < settings[goal]:
@@ -907,12 +910,14 @@ def check(run, settings):
         raise Fault(f"{WORLD} processes cannot share a batch of {settings['batch']}; give another --batch")
     if settings.get("distance") == "lpips":
         lpips_network(run.device)
-    if settings.get("teacher"):
-        has = load_network(settings["teacher"], run.device).config
+    teacher = settings.get("teacher")
+    if teacher:
+        has = load_network(teacher, run.device).config
         size, classes = has["resolution"], has["label_dim"]
         if (has["channels"], size, size, classes) != (*run.shape, run.label_dim):
-            what = f"{size}x{size} images of {classes} classes"
-            raise Fault(f"{settings['teacher']} makes {what}, not {run.dataset}'s")
+            raise Fault(f"{teacher} makes {size}x{size} images of {classes} classes, not {run.dataset}'s")
+        if run.folder.resolve() in Path(teacher).parents:
+            raise Fault(f"{teacher} is of this run, which may rename it; copy it to another place")
 
 def preset_settings(run, stage):
     """The preset's settings of a stage; the naive student has those of distill."""
@@ -924,19 +929,17 @@ def has_results(folder):
     return (folder / "ckpt.pt").exists() or any(folder.glob("*.bin"))
 
 def remembered(run, stage):
-    """The settings in a stage's folder, {} if there are none; Fault if they cannot be of its results."""
-    folder = run.folder / stage
-    path = folder / "settings.json"
-    if not path.exists() and not has_results(folder):
+    """The settings in a stage's folder, {} if there are none."""
+    path, remedy = run.folder / stage / "settings.json", "start over with --fresh"
+    if not path.exists():
+        if has_results(path.parent):
+            raise Fault(f"there is no {path}, but results; {remedy}")
         return {}
-    with trying(f"read {path}", "it is damaged, or of another edition; start over with --fresh"):
+    with trying(f"read {path}", f"it is damaged, or of another edition; {remedy}"):
         kept = json.loads(path.read_text())
         if not kept.keys() >= preset_settings(run, stage).keys():
             raise ValueError
-    teacher = Path(kept.get("teacher") or "")
-    if teacher.is_file() and teacher.stat().st_mtime > path.stat().st_mtime:
-        raise Fault(f"{teacher} has changed since it made {folder}; start that over with --fresh")
-    return kept
+        return kept
 
 def count_done(run, stage):
     """How many steps (of `pairs`: pairs without a gap) a stage has done; reads no weights."""
@@ -1468,8 +1471,10 @@ def main(argv=None):
         message = f"another run works in {folder}; wait for its end, or give another --out"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        message = "the memory is full; use a smaller --batch, a smaller --student, or more GPUs"
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        message = "the memory is full; use a smaller --batch, --n or --student, or more GPUs"
     except KeyboardInterrupt:
         message = "interrupted; the same command, without --fresh, goes on from what was saved, if anything"
     print("slimflow:", message.replace("\n", " "), file=sys.stderr)

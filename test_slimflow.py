@@ -37,7 +37,6 @@ import toy2d
 HERE = Path(__file__).parent
 NETWORK = dict(resolution=8, channels=1, model_channels=8, channel_mult=(1,), num_blocks=1)
 NETWORK |= dict(attn_resolutions=(), dropout=0.1, time_scale=16.0)
-
 PLAN = dict(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
 
 def tiny(out, stages=None, **changes):
@@ -66,7 +65,6 @@ def ran(capsys, tmp_path, monkeypatch):
         classes = 1000 if name == "imagenet64" else 0
         monkeypatch.setitem(sf.PRESETS, name, tiny("runs", dataset=name, label_dim=classes))
     def call(line):
-        capsys.readouterr()
         assert sf.main(line.split()) == 0, capsys.readouterr().err
         return capsys.readouterr().out
     return call
@@ -369,12 +367,10 @@ def test_a_checkpoint_loads_from_a_str_or_a_path_and_is_refused_where_it_is_cut(
         sf.load_flow(path)
 
 # ---- 5. Data -----------------------------------------------------------------------------------------------
-def test_digits_are_the_real_ones():
+def test_digits_are_the_real_ones_and_pixels_survive_the_way_to_floats_and_back():
     images, labels = sf.load_digits()
     assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-
-def test_pixels_survive_the_way_to_floats_and_back():
     every = torch.arange(256, dtype=torch.uint8)
     x = sf.to_float(every)
     assert x[[0, -1]].tolist() == [-1, 1] and torch.equal(sf.to_uint8(x), every)
@@ -417,10 +413,9 @@ def test_folders_that_do_not_fit_and_damaged_images_are_named(folder):
 def test_other_images_start_over_and_are_not_mixed_with_the_first(folder, monkeypatch, ran, refused):
     folder, pictures = folder
     networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(channels=3))
-    run = tiny("runs", dataset="ffhq64", shape=(3, 8, 8), networks=networks)
+    run = replace(little(folder, "ffhq64", 0), networks=networks, out="runs", data_dir=None)
     monkeypatch.setitem(sf.PRESETS, "ffhq64", run)
     ran(f"train --dataset ffhq64 --data-dir {folder}")
-    ran("train --dataset ffhq64 --steps 14")
     assert f"--data-dir {folder}; give the same" in refused(f"train --dataset ffhq64 --data-dir {folder}/a")
     ran(f"train --dataset ffhq64 --data-dir {folder}/a --fresh")
     assert (sf.load_images(run)[0].numpy() == pictures[:3]).all()
@@ -434,17 +429,6 @@ def test_cifar10_comes_by_torchvision_or_says_which_file_goes_where(tmp_path, mo
     monkeypatch.setattr(cifar, "__init__", lambda self, folder, **options: setattr(self, "data", pixels))
     images, y = sf.load_images(replace(sf.PRESETS["cifar10"], out=str(tmp_path / "other")))
     assert y.tolist() == [0] * 5 and (images.numpy() == pixels.transpose(0, 3, 1, 2)).all()
-
-def test_rows_are_read_without_holding_them(tmp_path):
-    columns, path = np.dtype([("noise", "f2", (2, 2)), ("y", "i8")]), tmp_path / "rows.bin"
-    i = torch.arange(6)
-    path.write_bytes(sf.as_rows(columns, noise=i[:, None, None].float(), y=i))
-    rows = sf.load_rows(path, columns)
-    assert isinstance(rows, np.memmap) and rows["y"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert (rows["noise"] == rows["y"][:, None, None]).all()
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(sf.Fault, match=r"cannot read .*rows\.bin"):
-        sf.load_rows(path, columns)
 
 # ---- 6. Stages ---------------------------------------------------------------------------------------------
 def rows_of(run, stage="pairs"):
@@ -525,6 +509,14 @@ def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, m
     assert len(calls) == 3 + 2 and (rows_of(copied) == expected[:38]).all()
     sf.run_stage(copied, "pairs", pairs=55)
     assert len(calls) == 3 + 2 + 3 and (rows_of(copied) == expected).all()
+    assert isinstance(expected, np.memmap)  # so that memory does not grow with the number of pairs
+    path, size = copied.folder / "pairs/pairs.bin", 10 * expected.itemsize
+    rows = path.read_bytes()
+    path.write_bytes(rows[:size] + bytes(size) + rows[2 * size :])  # a gap, as a kill of processes leaves
+    assert sf.count_done(copied, "pairs") == 10
+    path.write_bytes(rows[:-7])
+    with pytest.raises(sf.Fault, match=r"cannot read .*pairs\.bin"):
+        rows_of(copied)
 
 def test_train_mirrors_each_image_by_its_own_coin_and_reflow_the_whole_batch(copied, tmp_path):
     mirrored = replace(copied, mirror=True)
@@ -584,8 +576,7 @@ def passes(loss, *nets):
 
 def test_naive_and_guided_students_of_all_are_trained_at_equal_cost(copied, monkeypatch):
     flow = sf.load_flow(copied.folder / "reflow/ckpt.pt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sf, "load_flow", lambda *args: flow)
+    with mock.patch.object(sf, "load_flow", return_value=flow):
         naive, guided = (passes(handed_to_fit(copied, stage, guidance=weight)[1], sf.UNet(**NETWORK), flow)
                          for stage, weight in (("naive", 0.0), ("distill", 1.0)))
     monkeypatch.setattr(sf, "evaluate", lambda run: None)
@@ -657,6 +648,8 @@ def test_fresh_renames_the_stage_and_those_made_from_it(copied, ran, refused):
     assert "start over with --fresh" in refused(f"reflow --out {copied.out}")
     (copied.folder / "reflow/settings.json").write_text('{"steps": 12}')
     assert "another edition" in refused(f"reflow --out {copied.out}")
+    (copied.folder / "pairs/settings.json").unlink()
+    assert "but results; start over" in refused(f"pairs --out {copied.out}")
 
 @pytest.mark.parametrize("line, word", [
     ("distill --guidance 2", "--guidance 1.0"), ("distill --distance l2", "--distance huber"),
@@ -673,6 +666,8 @@ def test_other_settings_are_refused_before_anything_is_done(line, word, copied, 
 def test_an_external_teacher_is_one_file_however_it_is_named(copied, ran, refused, monkeypatch):
     teacher = copied.folder / "train/ckpt.pt"
     assert "finished" in ran(f"pairs --teacher {teacher} --out {copied.out}")  # the run's own is none
+    error = refused(f"pairs --fresh --teacher {copied.folder}/reflow/ckpt.pt --out {copied.out}")
+    assert "copy it to another place" in error and not (copied.folder / "pairs.1").exists()
     Path("near").mkdir()
     shutil.copy(teacher, "near/t.pt")
     ran("pairs --teacher near/t.pt")
@@ -826,7 +821,6 @@ def test_sample_writes_a_picture_and_an_array(whole, ran, refused):
 
 MISTAKES = """
 dance | there is no command dance; choose from all, train
-train --datas cifar10 | --help
 train --dataset mnist | mnist
 train --steps 0 | --steps 0 is not a number from 1 to 10^9
 train --lr nan | --lr nan
@@ -836,8 +830,7 @@ train --out a_file | a_file
 train --data-dir empty | not for the digits; name a data set with --dataset
 eval --ref foreign.pt | not for the digits
 train --dataset ffhq64 --data-dir nowhere | nowhere (--data-dir names
-train --dataset imagenet64 --data-dir empty | empty
-pairs --teacher nowhere.pkl | nowhere.pkl
+train --dataset imagenet64 --data-dir empty | no folders of images
 pairs --teacher a_file | a_file as
 reflow --dataset cifar10 --student 0.19M | choose from 27.9M, 15.7M
 sample | runs/digits/distill/ckpt.pt
