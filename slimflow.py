@@ -497,7 +497,7 @@ def build(config, device, weights=None):
     if weights is not None:
         net.load_state_dict(weights)
         net.eval().requires_grad_(False)
-    large = config["resolution"] > 8
+    large = config["resolution"] > 8  # 8x8 images gain nothing by what follows
     cuda = torch.device(device).type == "cuda"
     if large and cuda:
         torch._dynamo.config.recompile_limit = 32  # of all networks
@@ -877,29 +877,35 @@ def run_all(run, given, fresh=False):
 def settle(run, stage, given, fresh=False):
     """A stage's settings: each is the given one, else the one that its folder remembers, else the preset's.
 
-    Fault if there are results of another one; but more steps or pairs are taken, and another lr. Fault too if
-    the stage would fail. `fresh`: as if the folder were not there.
+    Fault if its results were made with another one, or if it would fail. `fresh`: as if there were no folder.
     """
-    folder, goal = run.folder / stage, GOAL[stage]
     kept = {} if fresh else remembered(run, stage)
     known = preset_settings(run, stage) | kept
     settings = known | given
-    if kept and has_results(folder):
-        for name, value in given.items():
-            taken = name == "lr" or (name == goal and value > kept[name])
-            if value != kept[name] and not taken:
-                was = f"{flag(name)} {kept[name]}"
-                raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
+    if kept and has_results(run.folder / stage):
+        refuse_others(run, stage, kept, given)
     elif stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
         settings["anneal_steps"] = settings["steps"]
+    if settings.get("targets") == "teacher" and settings["pairs"] != known["pairs"]:
+        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
+    if fresh or count_done(run, stage) < settings[GOAL[stage]]:
+        check(run, settings)
+    return settings
+
+def refuse_others(run, stage, kept, given):
+    """Fault if results that were made with the settings `kept` do not go with the given ones.
+
+    More steps or pairs do, and another lr. The teacher's file must be the one that made the pairs.
+    """
+    folder = run.folder / stage
+    for name, value in given.items():
+        more = name == GOAL[stage] and value > kept[name]
+        if value != kept[name] and not more and name != "lr":
+            was = f"{flag(name)} {kept[name]}"
+            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     teacher = Path(kept.get("teacher") or "")
     if teacher.is_file() and teacher.stat().st_mtime > (folder / "settings.json").stat().st_mtime:
         raise Fault(f"{teacher} has changed since it made {folder}; start that over with --fresh")
-    if settings.get("targets") == "teacher" and settings["pairs"] != known["pairs"]:
-        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
-    if fresh or count_done(run, stage) < settings[goal]:
-        check(run, settings)
-    return settings
 
 def check(run, settings):
     """What would fail late fails here, before anything runs."""
@@ -1358,7 +1364,10 @@ class EDMTeacher(nn.Module):
         return (self.denoise(x / s, (1 - t) / t, y) - x) / (1 - s)
 
 class Record(dict):
-    """Stands in for any object of a pickle: it keeps what the object would be made from, and does nothing."""
+    """Stands in for any object of a pickle: it keeps what the object would be made from, and does nothing.
+
+    It is a dict, as some of EDM's own objects are, whose items a pickle sets one by one.
+    """
     args, state = (), None
 
     def __init__(self, *args):
