@@ -357,15 +357,6 @@ def test_a_picture_that_fails_costs_no_more_than_the_picture(tmp_path, monkeypat
     assert process.returncode == 0 and "MPLBACKEND" in error and error.count("\n") == 1
     assert (tmp_path / "runs/digits/train/ckpt.pt").exists()
 
-def test_a_checkpoint_loads_from_a_str_or_a_path_and_is_refused_where_it_is_cut(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    training(tmp_path, steps=1)
-    one, two = sf.load_flow(path), sf.load_network(str(path))
-    assert all(torch.equal(p, q) and not p.requires_grad for p, q in zip(one.parameters(), two.parameters()))
-    path.write_bytes(path.read_bytes()[:5_000])
-    with pytest.raises(sf.Fault, match=r"cannot read .*ckpt\.pt as"):
-        sf.load_flow(path)
-
 # ---- 5. Data -----------------------------------------------------------------------------------------------
 def test_digits_are_the_real_ones_and_pixels_survive_the_way_to_floats_and_back():
     images, labels = sf.load_digits()
@@ -821,7 +812,6 @@ def test_sample_writes_a_picture_and_an_array(whole, ran, refused):
 
 MISTAKES = """
 dance | there is no command dance; choose from all, train
-train --dataset mnist | mnist
 train --steps 0 | --steps 0 is not a number from 1 to 10^9
 train --lr nan | --lr nan
 train --guidance 1 | it is for all, distill
@@ -1257,7 +1247,9 @@ def test_experiments_train_at_equal_cost(experiments, monkeypatch):
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.csv")), ids=lambda path: path.stem)
 def test_results_of_experiments_are_whole(path, experiments):
     rows = experiments.read(path.stem)
-    assert len(set(np.bincount(rows["seed"]))) == 1 and len(np.bincount(rows["seed"])) >= 3
+    cases = rows["case"] if "case" in rows.dtype.names else np.zeros(len(rows))
+    for seeds in (np.bincount(rows["seed"][cases == case]) for case in np.unique(cases)):
+        assert len(seeds) >= 3 and len(set(seeds)) == 1
     assert all(0 < row[-1] < math.inf for row in rows.tolist())
     assert (experiments.read(path.stem, seed=0) == rows[rows["seed"] == 0]).all()
 
@@ -1300,7 +1292,7 @@ def test_notebook_is_kept_with_the_outputs_of_one_run(path):
     assert sum("image/png" in output.get("data", ()) for output in outputs) >= 2
     assert not re.search(r"/(tmp|home|root|work)/", "".join(map(str, outputs)))
     text = "".join(cell["source"] for cell in cells(path))
-    assert text.count("<details><summary>Solution</summary>") == text.count("</details>") >= 2
+    assert text.count("<details><summary>") == text.count("</details>") >= 2
 
 def test_readme_links_the_notebooks_and_no_missing_file():
     linked = set(re.findall(r"\]\((?!http|#)([^)#]+)", (HERE / "README.md").read_text(encoding="utf-8")))
