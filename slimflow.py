@@ -660,7 +660,7 @@ def as_rows(columns, **tensors):
     """Tensors of equal length as the bytes of rows: row by row, the columns side by side."""
     rows = np.empty(len(tensors["y"]), columns)
     for name, x in tensors.items():
-        rows[name] = x.cpu()
+        rows[name] = x.cpu().numpy()
     return rows.tobytes()
 
 def load_rows(path, columns):
@@ -790,13 +790,12 @@ def reflow(run, seed, student, anneal, anneal_schedule, anneal_steps, **schedule
 
 def distill(run, seed, guidance, distance, targets, pairs, **schedule):
     """Stage 4: flow-guided distillation, from the 2-flow's weights; with guidance 0 the naive student."""
-    stage, source = "distill" if guidance else "naive", "pairs"
+    stage = "distill" if guidance else "naive"
     schedule, D = Schedule(**schedule), DISTANCES[distance]
     two_flow = load_flow(run.folder / "reflow/ckpt.pt", run.device)
     if targets == "2-flow":  # as the paper's poster; "teacher": as the command in the authors' README
         write_pairs(run, stage, two_flow, pairs, seed)
-        source = stage
-    stored = load_pairs(run, source)
+    stored = load_pairs(run, stage if targets == "2-flow" else "pairs")
 
     def loss(student, step):
         noise, data, y = draw_batch(run, schedule.batch, stored)
