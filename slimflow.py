@@ -133,7 +133,7 @@ DISTANCES = {"l2": l2, "huber": huber, "lpips": lpips}
 
 # ---- 2. Solvers: they follow dx/dt = v(x, t) from noise at T0 to data at 1, and yield each (t, x) ----------
 @torch.no_grad()
-def euler(flow, noise, steps, y=None):
+def euler(flow, noise, steps=1, y=None):
     """Order 1, `steps` evaluations: x += v(x, t_i) / N at t_i = T0 + i/N (1 - T0), as the authors run it."""
     x = noise
     yield T0, x
@@ -142,19 +142,7 @@ def euler(flow, noise, steps, y=None):
         yield T0 + (i + 1) / steps * (1 - T0), x
 
 @torch.no_grad()
-def heun(flow, noise, steps, y=None):
-    """Order 2, `2 steps - 1` evaluations: trapezoidal rule on a uniform grid; the last step is Euler's."""
-    x, grid = noise, np.linspace(T0, 1, steps + 1).tolist()
-    yield T0, x
-    for t, t_next in itertools.pairwise(grid):
-        v = velocity(flow, x, t, y)
-        if t_next < 1:
-            v = (v + velocity(flow, x + (t_next - t) * v, t_next, y)) / 2
-        x = x + (t_next - t) * v
-        yield t_next, x
-
-@torch.no_grad()
-def adams(flow, noise, steps, y=None):
+def adams(flow, noise, steps=36, y=None):
     """Order 3, `steps` evaluations: a multistep method, Adams' predictor and corrector (PEC).
 
     A parabola through the last three velocities is integrated over the step behind, to correct x by what is
@@ -213,7 +201,7 @@ def rk45(flow, noise, rtol=1e-5, atol=1e-5, y=None):
         factor = 0.9 * max(error, 1e-9) ** -0.2 if math.isfinite(error) else 0.2
         h *= min(8.0, max(0.2, factor))
 
-SOLVERS = {"euler": euler, "heun": heun, "adams": adams, "rk45": rk45}
+SOLVERS = {"euler": euler, "adams": adams, "rk45": rk45}
 ONE_STEP = dict(solver="euler", steps=1)
 SAMPLE_BATCH = 100  # images that a solver takes at once
 
@@ -426,9 +414,9 @@ def seed_all(seed, name, step, rank=0):
 def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
     """Minimise loss_fn(net, step), a batch's mean; return the averaged (EMA) network, frozen, in eval mode.
 
-    A folder keeps the training once a minute: ckpt.pt, log.csv and, from picture(ema) -> images, samples.png.
-    The same call goes on from there, on a CPU bit for bit as if it had never stopped. Fault if the loss or
-    the gradient is not finite; the files stay as they were.
+    A folder keeps the training, at first and then once a minute: ckpt.pt, log.csv and, from picture(ema) ->
+    images, samples.png. The same call goes on from there, on a CPU bit for bit as if it had never stopped.
+    Fault if the loss or the gradient is not finite; the files stay as they were.
     """
     device = next(net.parameters()).device
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -463,11 +451,11 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
                 raise Fault(f"{stage}: loss or gradient not finite after step {before:,}; try a lower --lr")
             rows.append((done, mean_loss, mean_norm))
             sums.zero_()
-            due = done == schedule.steps or time.monotonic() - saved > SAVE_EVERY
+            due = done in (1, schedule.steps) or time.monotonic() - saved > SAVE_EVERY
             if folder and RANK == 0 and due:
                 keep(folder, trained, dict(stage=stage, done=done, rows=rows, config=net.config))
                 if picture:
-                    draw_samples(folder, partial(picture, ema))
+                    save_pictures(folder / "samples.png", picture(ema))
                 saved = time.monotonic()
         report(done, f"loss {rows[-1][1]:.4f}")
     return ema
@@ -516,23 +504,24 @@ def load_flow(path, device="cpu"):
 def progress(name, start, total, images=1, unit="steps"):
     """A function report(done, note), which prints speed and time left: in one live line, or every 10 s."""
     live = sys.stdout.isatty()
-    pause, end = (0.2, "\r") if live else (10, "\n")
     began = shown = time.monotonic()
 
     def report(done, note=""):
         nonlocal shown
-        now = time.monotonic()
-        if done < total and now - shown < pause:
+        now, last = time.monotonic(), done == total
+        if not last and now - shown < (0.2 if live else 10):
             return
         shown = now
         pace = (now - began + 1e-9) / (done - start)  # seconds per unit
-        left = f"{timedelta(seconds=round((total - done) * pace))} left"
-        if done == total:
-            left = f"took {timedelta(seconds=round(now - began))}"
-        line = f"{name:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {left}"
-        print(line[:79].ljust(79), end="\n" if done == total else end, flush=True)
+        clock = f"took {seconds(now - began)}" if last else f"{seconds((total - done) * pace)} left"
+        line = f"{name:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {clock}"
+        print(line[:79].ljust(79), end="\r" if live and not last else "\n", flush=True)
 
     return report
+
+def seconds(n):
+    """A number of seconds as h:mm:ss."""
+    return timedelta(seconds=round(n))
 
 @contextlib.contextmanager
 def trying(what, otherwise):
@@ -556,13 +545,6 @@ def save_file(path, write):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-def draw_samples(folder, picture):
-    """A stage's samples.png, of the images of picture(); what goes wrong costs no more than this picture."""
-    try:
-        save_pictures(folder / "samples.png", picture())
-    except Exception as error:
-        print(f"no {folder / 'samples.png'}: {error}", file=sys.stderr)
 
 # ---- 5. Data: images and pairs, kept as uint8 and float16 until a batch is drawn ---------------------------
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -603,121 +585,110 @@ def load_digits():
         return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
 
 def read_images(run, data_dir=None):
-    """Yield all training images, uint8 [n, C, H, W], and their classes, int64 [n]; 0 if there are none."""
+    """All training images, uint8 [N, C, H, W], and their classes, int64 [N]; 0 if there are none."""
     folder = Path(data_dir or f"data/{run.dataset}")
     if run.dataset == "digits":
-        yield load_digits()
-    elif run.dataset == "cifar10":  # torchvision checks the archive's MD5 sum
-        dataset = import_package("torchvision.datasets").CIFAR10
-        with trying(f"use or download {dataset.url} (or put it into {folder})", "no network, or damaged"):
-            images = torch.from_numpy(dataset(folder, train=True, download=True).data)
-        yield images.permute(0, 3, 1, 2), torch.zeros(len(images), dtype=torch.int64)
-    else:
-        yield from decode_folder(run, folder)
+        return load_digits()
+    if run.dataset != "cifar10":
+        return decode_folder(run, folder)
+    dataset = import_package("torchvision.datasets").CIFAR10  # checks the archive's MD5 sum
+    with trying(f"use or download {dataset.url} (or put it into {folder})", "no network, or damaged"):
+        images = torch.from_numpy(dataset(folder, train=True, download=True).data)  # (N, H, W, C)
+    return images.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.int64)
 
 def decode_folder(run, folder):
-    """Yield the images in a folder, scaled and cropped to squares, and their classes, 512 at a time."""
+    """The images in a folder and in those inside it, scaled and cropped to squares, and their classes."""
     files_of = import_package("torchvision.datasets.folder")
     transforms = import_package("torchvision.transforms")
     without = "there are no folders of images, one for each class" if run.label_dim else "there are none"
     with trying(f"find images in {folder} (--data-dir names another folder)", without):
-        classes = {"": 0}  # torchvision then searches the folder itself, and those in it
-        if run.label_dim:  # a folder for each class, as ImageNet comes
-            classes = files_of.find_classes(folder)[1]
+        # ImageNet comes as a folder for each class; "" is the folder itself, with all that are in it.
+        classes = files_of.find_classes(folder)[1] if run.label_dim else {"": 0}
         files = files_of.make_dataset(folder, classes, files_of.IMG_EXTENSIONS)
     if run.label_dim not in (0, len(classes)):
         raise Fault(f"{folder} holds {len(classes)} folders; {run.dataset} has {run.label_dim} classes")
     resize = transforms.Resize(run.shape[-1], transforms.InterpolationMode.BOX)
     square = transforms.Compose([resize, transforms.CenterCrop(run.shape[-1]), transforms.PILToTensor()])
-    report = progress("decode", 0, len(files), unit="images")
 
     def decode(path):
         with trying(f"read the image {path}", "it is damaged; replace or remove it"):
             return square(files_of.default_loader(path))
 
+    paths, y = zip(*files)
+    images = torch.empty(len(files), *run.shape, dtype=torch.uint8)
+    report = progress("decode", 0, len(files), unit="images")
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), 512):
-            paths, y = zip(*files[start : start + 512])
-            yield torch.stack(list(pool.map(decode, paths))), torch.tensor(y)
-            report(start + len(y))
+        for i, image in enumerate(pool.map(decode, paths)):
+            images[i] = image
+            report(i + 1)
+    return images, torch.tensor(y)
 
 def load_images(run, data_dir=None):
-    """All training images and their classes, as `read_images`, which are kept in one file."""
-    path = run.folder / "train/images.bin"
-    columns = np.dtype([("image", "u1", run.shape), ("y", "i8")])
-
-    def write(file):
-        for images, y in read_images(run, data_dir):
-            file.write(as_rows(columns, image=images, y=y))
-
+    """All training images and their classes, as `read_images`; what it read is kept in train/images.pt."""
+    path = run.folder / "train/images.pt"
     if RANK == 0 and not path.exists():
-        save_file(path, write)
+        save_file(path, partial(torch.save, read_images(run, data_dir)))
     barrier()
-    rows = load_rows(path, columns)
-    return resident(run, [rows["image"], rows["y"]])
-
-def as_rows(columns, **tensors):
-    """Tensors of equal length as the bytes of rows: row by row, the columns side by side."""
-    rows = np.empty(len(tensors["y"]), columns)
-    for name, x in tensors.items():
-        rows[name] = x.cpu().numpy()
-    return rows.tobytes()
-
-def load_rows(path, columns):
-    """The rows of a file, mapped into memory: all processes of a host share one copy."""
     with trying(f"read {path}", "it is damaged; remove it"):
-        return np.memmap(path, columns, mode="c")
+        return resident(run, torch.load(path, mmap=True, weights_only=True))
 
 def pair_columns(run):
-    """A row of pairs.bin: the image x at the end of a flow's ODE, its class y, the noise z at its start."""
-    return np.dtype([("data", "f2", run.shape), ("y", "i8"), ("noise", "f2", run.shape)])
+    """A row of pairs.bin: noise z, the image x at the end of the ODE that starts there, and its class y."""
+    return np.dtype([("noise", "f2", run.shape), ("data", "f2", run.shape), ("y", "i8")])
 
-def missing_batches(rows):
-    """The starts of the batches of pairs that are still to be made.
+def count_pairs(run, stage):
+    """The number of whole rows in a stage's pairs.bin."""
+    path = run.folder / stage / "pairs.bin"
+    return path.stat().st_size // pair_columns(run).itemsize if path.exists() else 0
 
-    What was never written is zero. A batch is written from its first row to its last, and of a row the noise
-    comes last: if that is zero, the batch is missing, or a kill cut it.
-    """
-    starts = range(0, len(rows), SAMPLE_BATCH)
-    return [start for start in starts if not rows["noise"][start : start + SAMPLE_BATCH][-1].any()]
+def solve_pairs(run, flow):
+    """SAMPLE_BATCH new rows for pairs.bin, by a precise solver, and how many evaluations they took."""
+    noise = torch.randn(SAMPLE_BATCH, *run.shape).half()
+    y = torch.randint(max(1, run.label_dim), (SAMPLE_BATCH,))
+    solver = getattr(flow, "precise", run.precise)
+    data, evaluations = sample(flow, noise.to(run.device).float(), y=y.to(run.device), **solver)
+    rows = np.empty(SAMPLE_BATCH, pair_columns(run))
+    rows["noise"], rows["data"], rows["y"] = noise, data.cpu(), y
+    return rows, evaluations
 
 def write_pairs(run, stage, flow, n, seed):
-    """Fill <stage>/pairs.bin up to n rows, by a precise solver.
+    """Append rows to <stage>/pairs.bin until there are n.
 
-    The processes, of one host or several, share the batches. Each batch has its place in the file and its
-    own random numbers: an interrupted run makes those that are missing.
+    Each process solves a batch, and the first one appends them all. Each batch has random numbers of its own,
+    so that the file is the same however often this was interrupted, by however many processes.
     """
-    path, columns = run.folder / stage / "pairs.bin", pair_columns(run)
+    path, row_bytes = run.folder / stage / "pairs.bin", pair_columns(run).itemsize
+    there = count_pairs(run, stage)
+    if there >= n:
+        return
+    there = there // SAMPLE_BATCH * SAMPLE_BATCH  # a batch that was cut is made again
+    report = progress("pairs", there, n, unit="pairs")
+    for start in range(there, n, SAMPLE_BATCH * WORLD):
+        seed_all(seed, f"{stage}, pairs", start + RANK * SAMPLE_BATCH)
+        rows, evaluations = solve_pairs(run, flow)
+        batches = [rows]
+        if WORLD > 1:
+            batches = [None] * WORLD
+            dist.all_gather_object(batches, rows)
+        rows = np.concatenate(batches)[: n - start]
+        if RANK == 0:
+            with trying(f"write {path}", "what was there is kept"), open(path, "ab") as file:
+                file.truncate(start * row_bytes)
+                file.write(rows.tobytes())
+        report(start + len(rows), f"{evaluations} evaluations each")
     if RANK == 0:
-        path.touch()
-        os.truncate(path, max(n * columns.itemsize, path.stat().st_size))
+        save_pictures(path.with_name("samples.png"), load_pairs(run, stage)[1][:64].float())
     barrier()
-    mine = range(RANK * SAMPLE_BATCH, n, WORLD * SAMPLE_BATCH)
-    todo = [start for start in missing_batches(load_rows(path, columns)) if start in mine]
-    report = progress("pairs", 0, len(todo), SAMPLE_BATCH * WORLD, "batches")
-    for done, start in enumerate(todo, 1):
-        seed_all(seed, f"{stage}, pairs", start)
-        noise = torch.randn(SAMPLE_BATCH, *run.shape).half()
-        y = torch.randint(max(1, run.label_dim), (SAMPLE_BATCH,))
-        solver = getattr(flow, "precise", run.precise)
-        data, nfe = sample(flow, noise.to(run.device).float(), y=y.to(run.device), **solver)
-        rows = as_rows(columns, data=data, y=y, noise=noise)
-        with trying(f"write {path}", "what was there is kept"), open(path, "r+b") as file:
-            file.seek(start * columns.itemsize)
-            file.write(rows[: (n - start) * columns.itemsize])
-        report(done, f"{nfe} evaluations each")
-    barrier()
-    if RANK == 0 and todo:
-        draw_samples(path.parent, lambda: load_pairs(run, stage)[1][:64].float())
 
 def load_pairs(run, stage):
-    """Noise and data, float16 [N, C, H, W], and classes, int64 [N]."""
-    rows = load_rows(run.folder / stage / "pairs.bin", pair_columns(run))
-    return resident(run, [rows["noise"], rows["data"], rows["y"]])
+    """Noise and data, float16 [N, C, H, W], and classes, int64 [N]; mapped, so that they need no memory."""
+    path = run.folder / stage / "pairs.bin"
+    with trying(f"read {path}", "it is damaged; remove it"):
+        rows = np.memmap(path, pair_columns(run), mode="c", shape=count_pairs(run, stage))
+    return resident(run, [torch.from_numpy(rows[name]) for name in rows.dtype.names])
 
-def resident(run, arrays):
-    """Tensors of the arrays: on a CUDA device if they take at most a quarter of its memory."""
-    tensors = [torch.from_numpy(x) for x in arrays]
+def resident(run, tensors):
+    """The tensors, on a CUDA device if they take at most a quarter of its memory."""
     if run.device == "cuda":
         room = torch.cuda.get_device_properties("cuda").total_memory / 4
         if sum(x.nbytes for x in tensors) <= room:
@@ -732,7 +703,7 @@ def draw_batch(run, batch, tensors):
         x = x[i.to(x.device, non_blocking=True)]
         if run.device == "cuda" and not x.is_cuda:  # from pinned memory, so that the loop runs ahead
             x = x.pin_memory().to("cuda", non_blocking=True)
-        if x.dtype == torch.uint8:
+        if x.dtype == torch.uint8:  # images; pairs are float16
             x = to_float(x)
         elif x.dtype == torch.float16:
             x = x.float()
@@ -768,7 +739,7 @@ def train(run, seed, data_dir, **schedule):
             data = torch.where(coins < 0.5, data.flip(-1), data)
         return rectified_flow_loss(flow, torch.randn_like(data), data, y)
 
-    fit_stage(run, "train", run.networks["teacher"], loss, schedule, seed, dict(solver="heun", steps=8))
+    fit_stage(run, "train", run.networks["teacher"], loss, schedule, seed, dict(solver="adams", steps=12))
 
 def make_pairs(run, seed, pairs, teacher):
     """Stage 2: the teacher's ODE from each z to its x. The teacher is a file; None: that of stage 1."""
@@ -788,14 +759,18 @@ def reflow(run, seed, student, anneal, anneal_schedule, anneal_steps, **schedule
 
     fit_stage(run, "reflow", run.networks[student], loss, schedule, seed, ONE_STEP)
 
-def distill(run, seed, guidance, distance, targets, pairs, **schedule):
-    """Stage 4: flow-guided distillation, from the 2-flow's weights; with guidance 0 the naive student."""
+def distill(run, seed, guidance, distance, own_pairs, **schedule):
+    """Stage 4: flow-guided distillation, from the 2-flow's weights; with guidance 0 the naive student.
+
+    The stored targets are the 2-flow's own (paper's poster), or with own_pairs 0 the teacher's (the command
+    in the authors' README).
+    """
     stage = "distill" if guidance else "naive"
     schedule, D = Schedule(**schedule), DISTANCES[distance]
     two_flow = load_flow(run.folder / "reflow/ckpt.pt", run.device)
-    if targets == "2-flow":  # as the paper's poster; "teacher": as the command in the authors' README
-        write_pairs(run, stage, two_flow, pairs, seed)
-    stored = load_pairs(run, stage if targets == "2-flow" else "pairs")
+    if own_pairs:
+        write_pairs(run, stage, two_flow, own_pairs, seed)
+    stored = load_pairs(run, stage if own_pairs else "pairs")
 
     def loss(student, step):
         noise, data, y = draw_batch(run, schedule.batch, stored)
@@ -821,49 +796,48 @@ def fit_stage(run, stage, config, loss, schedule, seed, solver, start=None):
 
 STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, naive=distill)
 MADE_FROM = dict(pairs="train", reflow="pairs", distill="reflow", naive="reflow")
+STALE = dict(train=["pairs", "reflow", "distill", "naive"], pairs=["reflow", "distill", "naive"],
+             reflow=["distill", "naive"], distill=[], naive=[])  # what a stage's results are the basis of
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
 
 def run_stage(run, stage, fresh=False, **given):
     """Bring a stage, and first those that it is made from, to its end; False if there was nothing to do.
 
-    `given` are settings of this stage; its folder has the others, or the preset.
+    `given` are settings of this stage; its folder has the others, or the preset. With `fresh` it starts over.
     """
     settings = settle(run, stage, given, fresh)
     if not fresh and count_done(run, stage) >= settings[GOAL[stage]]:
         return False
-    with locked(run):
-        if stage in MADE_FROM and not settings.get("teacher"):
-            run_stage(run, MADE_FROM[stage])
-        barrier()  # all processes have read what is there
-        if RANK == 0:
-            stale = dependants(run, stage)
-            set_aside(run, [stage, *stale] if fresh else stale)
-            path, text = run.folder / stage / "settings.json", json.dumps(settings)
-            save_file(path, lambda file: file.write(text.encode()))
-            print(f"{stage}, into {path.parent}:", ", ".join(f"{k} {v}" for k, v in settings.items()))
-        barrier()
-        STAGES[stage](run, **settings)
-        barrier()
+    if stage in MADE_FROM and not settings.get("teacher"):
+        run_stage(run, MADE_FROM[stage])
+    barrier()  # all processes have read what is there
+    if RANK == 0:
+        stale = STALE[stage]
+        if stage == "train" and remembered(run, "pairs").get("teacher"):
+            stale = []  # the pairs are made from a file
+        set_aside(run, [stage, *stale] if fresh else stale)
+        path, text = run.folder / stage / "settings.json", json.dumps(settings)
+        save_file(path, lambda file: file.write(text.encode()))
+        print(f"{stage}, into {path.parent}:", ", ".join(f"{k} {v}" for k, v in settings.items()))
+    barrier()
+    STAGES[stage](run, **settings)
+    barrier()
     return True
 
 def run_all(run, given, fresh=False):
     """Pairs, reflow, distill; on the digits also the naive student, at the guided one's cost. Then the table.
 
-    `given` are settings: a dict for each stage. Without guidance the naive student comes in place of distill.
+    `given` has the settings, a dict for each stage.
     """
-    if run.dataset == "digits" and "naive" not in given:
-        naive = settle(run, "distill", given["distill"], fresh) | dict(guidance=0.0)
-        naive["steps"] = naive["steps"] * 7 // 3  # of 3 forward passes, not 7; a backward pass counts as two
-        if not fresh:
-            naive["steps"] = max(naive["steps"], remembered(run, "naive").get("steps", 0))
-        given = given | dict(naive=naive)
+    if run.dataset == "digits" and "distill" in given:
+        naive = dict(guidance=0.0, steps=naive_steps(run, given["distill"], fresh))
+        given = given | dict(naive=given["distill"] | naive)
     for stage in given:  # what does not fit is refused before anything runs
         settle(run, stage, given[stage], fresh)
     if run.dataset != "digits" and WORLD == 1:
         inception_features(run.device)
     if fresh and RANK == 0:
-        with locked(run):
-            set_aside(run, STAGES)
+        set_aside(run, STAGES)
     barrier()
     for stage in given:
         if stage != "train":  # the teacher is trained if pairs need it
@@ -873,38 +847,34 @@ def run_all(run, given, fresh=False):
     else:
         print("for the table run `slimflow.py eval`, without torchrun")
 
-def settle(run, stage, given, fresh=False):
-    """A stage's settings: each is the given one, else the one that its folder remembers, else the preset's.
+def naive_steps(run, given, fresh):
+    """As many steps as cost what the guided student costs, or those that the naive one already has.
 
-    Fault if its results were made with another one, or if it would fail. `fresh`: as if there were no folder.
+    A step takes 3 forward passes, with guidance 7; a backward pass counts as two.
     """
-    kept = {} if fresh else remembered(run, stage)
-    known = preset_settings(run, stage) | kept
-    settings = known | given
-    if kept and has_results(run.folder / stage):
-        refuse_others(run, stage, kept, given)
-    elif stage == "reflow":  # `anneal` is a share of these steps; with more steps later b stays 0
+    steps = settle(run, "distill", given, fresh)["steps"] * 7 // 3
+    return steps if fresh else max(steps, count_done(run, "naive"))
+
+def settle(run, stage, given, fresh=False):
+    """A stage's settings: each is the given one, else what its results were made with, else the preset's.
+
+    Fault if the results were made with another one, or if it would fail. More steps or pairs may be given,
+    and another lr. `fresh`: as if there were no results.
+    """
+    folder = run.folder / stage
+    results = [path for path in folder.glob("*") if path.suffix in (".pt", ".bin")]
+    kept = remembered(run, stage) if results and not fresh else {}
+    settings = defaults(run, stage) | kept | given
+    if stage == "reflow" and not kept:  # `anneal` is a share of these steps; with more later beta stays 0
         settings["anneal_steps"] = settings["steps"]
-    if settings.get("targets") == "teacher" and settings["pairs"] != known["pairs"]:
-        raise Fault("--pairs counts the 2-flow's own pairs: add --targets 2-flow, or use `pairs --pairs N`")
+    for name in given.keys() & kept.keys():
+        more = name == GOAL[stage] and given[name] > kept[name]
+        if given[name] != kept[name] and not more and name != "lr":
+            was = f"{flag(name)} {kept[name]}"
+            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     if fresh or count_done(run, stage) < settings[GOAL[stage]]:
         check(run, settings)
     return settings
-
-def refuse_others(run, stage, kept, given):
-    """Fault if results that were made with the settings `kept` do not go with the given ones.
-
-    More steps or pairs do, and another lr. The teacher's file must be the one that made the pairs.
-    """
-    folder = run.folder / stage
-    for name, value in given.items():
-        more = name == GOAL[stage] and value > kept[name]
-        if value != kept[name] and not more and name != "lr":
-            was = f"{flag(name)} {kept[name]}"
-            raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
-    teacher = Path(kept.get("teacher") or "")
-    if teacher.is_file() and teacher.stat().st_mtime > (folder / "settings.json").stat().st_mtime:
-        raise Fault(f"{teacher} has changed since it made {folder}; start that over with --fresh")
 
 def check(run, settings):
     """What would fail late fails here, before anything runs."""
@@ -915,55 +885,44 @@ def check(run, settings):
         raise Fault(f"{WORLD} processes cannot share a batch of {settings['batch']}; give another --batch")
     if settings.get("distance") == "lpips":
         lpips_network(run.device)
-    teacher = settings.get("teacher")
-    if teacher:
-        has = load_network(teacher, run.device).config
-        size, classes = has["resolution"], has["label_dim"]
-        if (has["channels"], size, size, classes) != (*run.shape, run.label_dim):
-            raise Fault(f"{teacher} makes {size}x{size} images of {classes} classes, not {run.dataset}'s")
-        if run.folder.resolve() in Path(teacher).parents:
-            raise Fault(f"{teacher} is of this run, which may rename it; copy it to another place")
+    if settings.get("teacher"):
+        path = Path(settings["teacher"])
+        config = load_network(path, run.device).config
+        made = [config[name] for name in ("channels", "resolution", "resolution", "label_dim")]
+        if made != [*run.shape, run.label_dim]:
+            raise Fault(f"{path} makes {made[1]}x{made[2]} images of {made[3]} classes, not {run.dataset}'s")
+        if run.folder.resolve() in path.parents:
+            raise Fault(f"{path} is in this run's folder; leave --teacher out, or copy it to another place")
 
-def preset_settings(run, stage):
+def defaults(run, stage):
     """The preset's settings of a stage; the naive student has those of distill."""
     settings = dict(seed=run.seed) | run.settings["distill" if stage == "naive" else stage]
-    return settings | dict(data_dir=run.data_dir) if stage == "train" else settings
-
-def has_results(folder):
-    """Whether a stage has left more in its folder than its settings."""
-    return (folder / "ckpt.pt").exists() or any(folder.glob("*.bin"))
+    if stage == "train":
+        settings["data_dir"] = run.data_dir
+    if stage == "naive":
+        settings["guidance"] = 0.0
+    return settings
 
 def remembered(run, stage):
     """The settings in a stage's folder, {} if there are none."""
-    path, remedy = run.folder / stage / "settings.json", "start over with --fresh"
+    path = run.folder / stage / "settings.json"
     if not path.exists():
-        if has_results(path.parent):
-            raise Fault(f"there is no {path}, but results; {remedy}")
         return {}
-    with trying(f"read {path}", f"it is damaged, or of another edition; {remedy}"):
+    with trying(f"read {path}", "it is damaged, or of another edition; start over with --fresh"):
         kept = json.loads(path.read_text())
-        if not kept.keys() >= preset_settings(run, stage).keys():
+        if not kept.keys() >= defaults(run, stage).keys():
             raise ValueError
         return kept
 
 def count_done(run, stage):
-    """How many steps (of `pairs`: pairs without a gap) a stage has done; reads no weights."""
-    path = run.folder / stage / ("pairs.bin" if stage == "pairs" else "ckpt.pt")
+    """How many steps (of `pairs`: pairs) a stage has done; reads no weights."""
+    path = run.folder / stage / "ckpt.pt"
+    if stage == "pairs":
+        return count_pairs(run, stage)
     if not path.exists():
         return 0
-    if stage == "pairs":
-        rows = load_rows(path, pair_columns(run))
-        return min(missing_batches(rows), default=len(rows))
     with trying(f"read {path} as slimflow's", "it is damaged; start over with --fresh"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["done"]
-
-def dependants(run, stage):
-    """The stages that are made from this one, and those made from them."""
-    found = []
-    for name, source in MADE_FROM.items():
-        if source == stage and not remembered(run, name).get("teacher"):  # else it is made from a file
-            found += [name, *dependants(run, name)]
-    return found
 
 def set_aside(run, stages):
     """Rename the folders of these stages, where they are there: nothing is ever deleted."""
@@ -972,13 +931,6 @@ def set_aside(run, stages):
             numbered = (Path(f"{folder}.{i}") for i in itertools.count(1))
             free = next(path for path in numbered if not path.exists())
             print(f"{folder} is now {folder.rename(free)}")
-
-def locked(run):
-    """A lock on the run's folder, so that one command works there at a time. A kill frees it too."""
-    if RANK > 0:
-        return contextlib.nullcontext()
-    run.folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(run.folder / ".lock", timeout=0, is_singleton=True)
 
 # ---- 7. Presets and command line ---------------------------------------------------------------------------
 DDPMPP = dict(channels=3, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.15)
@@ -1008,8 +960,7 @@ digits = Run(  # all numbers are ours
         pairs=dict(pairs=1_500, teacher=None),
         reflow=SHORT | dict(student="0.19M", anneal=0.2, anneal_schedule="linear",
                             steps=1_100, lr=4e-3, warmup=100),
-        distill=SHORT | dict(guidance=1.0, distance="huber", targets="teacher", pairs=1_500,
-                             steps=800, lr=2e-3, warmup=0),
+        distill=SHORT | dict(guidance=1.0, distance="huber", own_pairs=0, steps=800, lr=2e-3, warmup=0),
     ),
 )
 AUTHORS = vars(Schedule())
@@ -1020,8 +971,7 @@ cifar10 = Run(  # all numbers are the authors', but where another source is name
         train=AUTHORS,  # the number of steps is ours
         pairs=dict(pairs=50_000, teacher=None),  # with EDM's network 100,000
         reflow=AUTHORS | dict(student="15.7M", anneal=0.375, anneal_schedule="linear"),
-        distill=AUTHORS | dict(guidance=1.0, distance="lpips", targets="2-flow",  # the targets: poster
-                               pairs=500_000, steps=400_000, warmup=0),
+        distill=AUTHORS | dict(guidance=1.0, distance="lpips", own_pairs=500_000, steps=400_000, warmup=0),
     ),
 )
 ffhq64 = replace(cifar10, dataset="ffhq64", shape=(3, 64, 64), networks=ddpmpp_networks(64))
@@ -1049,14 +999,14 @@ FLAGS = dict(  # how argparse reads each, and its help
     steps=dict(type=int, help="training steps; of sample: steps of the solver"),
     batch=dict(type=int, help="images per step"),
     lr=dict(type=float, help="Adam's learning rate"),
-    pairs=dict(type=int, help="number of pairs (noise, image) to make; of distill: by the 2-flow"),
+    pairs=dict(type=int, help="number of pairs (noise, image) to make"),
     teacher=dict(type=os.path.realpath, help="EDM's .pkl, the authors' .pth or a ckpt.pt, in place of train"),
     student=dict(help="size of the student"),
     anneal=dict(type=float, help="share of the steps until b is 0 (exponential: 1/e); 0: plain reflow"),
     anneal_schedule=dict(choices=SCHEDULES, help="how b falls"),
     guidance=dict(type=float, help="weight of the guidance loss; 0: naive distillation, in its own folder"),
     distance=dict(choices=DISTANCES, help="D of the distillation"),
-    targets=dict(choices=("2-flow", "teacher"), help="whose pairs are distilled"),
+    own_pairs=dict(type=int, help="number of pairs to make by the 2-flow and to distill; 0: the teacher's"),
     ref=dict(help="npz with mu and sigma, in place of the training images"),
     ckpt=dict(help="a ckpt.pt, EDM's .pkl or the authors' .pth [the one of distill]"),
     n=dict(type=int, help="number of images"),
@@ -1064,17 +1014,16 @@ FLAGS = dict(  # how argparse reads each, and its help
     npz=dict(help="file for all images: arr_0, uint8 [N, H, W, C]"),
 )
 RUN, TRAINING = ["dataset", "out", "device"], ["steps", "batch", "lr"]
-MAKE = [*RUN, "fresh", "data_dir"]
-COMMANDS = dict(  # and their flags, by what these are for: the run, a stage, or the command itself
-    all=dict(run=MAKE, train=["seed", "data_dir"], pairs=["seed", "pairs", "teacher"],
-             reflow=["seed", "student", "anneal", "anneal_schedule"],
-             distill=["seed", "guidance", "distance", "targets"]),
-    train=dict(run=MAKE, train=["seed", "data_dir", *TRAINING]),
-    pairs=dict(run=MAKE, pairs=["seed", "pairs", "teacher"]),
-    reflow=dict(run=MAKE, reflow=["seed", "student", "anneal", "anneal_schedule", *TRAINING]),
-    distill=dict(run=MAKE, distill=["seed", "guidance", "distance", "targets", "pairs", *TRAINING]),
-    eval=dict(run=[*RUN, "data_dir"], eval=["n", "ref"]),
-    sample=dict(run=[*RUN, "seed"], sample=["ckpt", "n", "solver", "steps", "npz"]),
+MAKE = [*RUN, "fresh", "seed", "data_dir"]
+COMMANDS = dict(  # and their flags
+    all=[*MAKE, "pairs", "teacher", "student", "anneal", "anneal_schedule", "guidance", "distance",
+         "own_pairs"],
+    train=[*MAKE, *TRAINING],
+    pairs=[*MAKE, "pairs", "teacher"],
+    reflow=[*MAKE, "student", "anneal", "anneal_schedule", *TRAINING],
+    distill=[*MAKE, "guidance", "distance", "own_pairs", *TRAINING],
+    eval=[*RUN, "data_dir", "n", "ref"],
+    sample=[*RUN, "seed", "ckpt", "n", "solver", "steps", "npz"],
 )
 
 def flag(name):
@@ -1094,51 +1043,57 @@ def parse(argv):
     parser = Parser(prog=f"slimflow.py {command}", description=__doc__ if command == "all" else None,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    owners = {name: owner for owner, names in COMMANDS[command].items() for name in names}
-    for name, owner in owners.items():
-        options = FLAGS[name]
-        values = [f"{preset.dataset} {preset.settings[owner][name]}" for preset in PRESETS.values()
-                  if preset.settings.get(owner, {}).get(name)]
-        if values:
-            options = options | dict(help=f"{options['help']} [{', '.join(values)}]")
-        parser.add_argument(flag(name), **options)
+    for name in COMMANDS[command]:
+        parser.add_argument(flag(name), **FLAGS[name] | dict(help=help_text(command, name)))
     given, unknown = parser.parse_known_args(rest)
     if unknown:
         word = unknown[0].split("=")[0]
-        takers = [other for other, groups in COMMANDS.items()
-                  if word in map(flag, itertools.chain(*groups.values()))]
+        takers = [other for other, names in COMMANDS.items() if word in map(flag, names)]
         whose = f"it is for {', '.join(takers)}" if takers else f"see `{parser.prog} --help`"
         raise Fault(f"{command} takes no {word}; {whose}")
     for name, value in vars(given).items():
-        least = 0 if name in ("seed", "lr", "anneal", "guidance") else 1
+        least = 0 if name in ("seed", "lr", "anneal", "guidance", "own_pairs") else 1
         if isinstance(value, (int, float)) and not least <= value <= 1e9:
             raise Fault(f"{flag(name)} {value} is not a number from {least} to 10^9")
     return command, vars(given)
 
+def help_text(command, name):
+    """The help of a flag, with the presets' values."""
+    values = [f"{preset.dataset} {settings[name]}"
+              for preset in PRESETS.values() for stage, settings in preset.settings.items()
+              if command in (stage, "all") and name in settings]
+    return f"{FLAGS[name]['help']} [{', '.join(values)}]" if values else FLAGS[name]["help"]
+
 def run_command(command, given):
     """Do what a command line asks for."""
-    fields = {name: given[name] for name in ("dataset", "out", "device", "data_dir", "seed") if name in given}
+    fresh = given.pop("fresh", False)
+    fields = {name: given[name] for name in ("dataset", "out", "device", "seed", "data_dir") if name in given}
     run = replace(PRESETS[given.get("dataset", "digits")], **fields)
     if run.dataset == "digits" and ("data_dir" in given or "ref" in given):
         raise Fault("--data-dir and --ref are not for the digits; name a data set with --dataset")
-    if given.get("teacher") == os.path.realpath(run.folder / "train/ckpt.pt"):
-        given["teacher"] = None  # the one of stage 1
-    fresh, naive = "fresh" in given, given.get("guidance") == 0
-    own = {}  # the values, by what they are for
-    for owner, names in COMMANDS[command].items():
-        stage = "naive" if owner == "distill" and naive else owner
-        own[stage] = {name: given[name] for name in names if name in given}
-    del own["run"]
     if command == "sample":
-        sample_images(run, **own["sample"])
-    elif command == "eval":
-        evaluate(run, **own["eval"])
-    elif command == "all":
-        run_all(run, own, fresh)
-    else:
-        ((stage, settings),) = own.items()
-        if not run_stage(run, stage, fresh, **settings):
+        return sample_images(run, **{name: given[name] for name in given if name not in fields})
+    if command == "eval":
+        return evaluate(run, given.get("n"), given.get("ref"))
+    student = "naive" if given.get("guidance") == 0 else "distill"
+    stages = dict(all=["train", "pairs", "reflow", student], distill=[student]).get(command, [command])
+    own = {stage: {name: given[name] for name in given if name in defaults(run, stage)} for stage in stages}
+    with locked(run):
+        if command == "all":
+            return run_all(run, own, fresh)
+        (stage,) = stages
+        if not run_stage(run, stage, fresh, **own[stage]):
             print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
+
+@contextlib.contextmanager
+def locked(run):
+    """Only one command at a time works in a run's folder. A kill frees it too."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run.folder / ".lock", timeout=0) if RANK == 0 else contextlib.nullcontext():
+            yield
+    except Timeout:
+        raise Fault(f"another run works in {run.folder}; wait for its end, or give another --out") from None
 
 # ---- 8. Evaluation: distances between sets of images, sizes, pictures --------------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -1237,25 +1192,24 @@ def reference(run, ref=None):
     features = inception_features(run.device)
     if ref is None:
         data_dir = run.data_dir or remembered(run, "train").get("data_dir")
-        batches = (x for images, _ in read_images(run, data_dir) for x in images.split(SAMPLE_BATCH))
+        batches = read_images(run, data_dir)[0].split(SAMPLE_BATCH)
         return features, moments(features(x.to(run.device)) for x in batches), None
     with trying(f"read {ref}", "it is no npz with mu [2048] and sigma [2048, 2048]"), np.load(ref) as file:
         return features, (file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)), None
 
-def table_rows(run):
-    """The rows of the table: name, network, solver. Says which networks are missing or unfinished."""
+def networks(run):
+    """The rows of the table, (name, network, solver). Says which networks are missing or unfinished."""
     found = []
     stages = {"teacher": "train", "2-flow": "reflow", "naive": "naive", "guided": "distill"}
     for name, stage in stages.items():
-        path = run.folder / stage / "ckpt.pt"
-        try:
-            if name == "teacher":
-                path = settle(run, "pairs", {})["teacher"] or path
-            flow = load_network(path, run.device)
-            done, steps = count_done(run, stage), remembered(run, stage).get("steps", 0)
-        except Fault as fault:
-            print(f"{name} is left out: {fault}")
+        path, file = run.folder / stage / "ckpt.pt", remembered(run, "pairs").get("teacher")
+        done, steps = count_done(run, stage), remembered(run, stage).get("steps", 0)
+        if name == "teacher" and file:  # --teacher of pairs, which somebody finished
+            path, done = Path(file), steps
+        if not path.exists():
+            print(f"{name} is left out: there is no {path}")
             continue
+        flow = load_network(path, run.device)
         if done < steps:
             print(f"{name} is unfinished: {done:,} of {steps:,} steps")
         if name == "teacher":
@@ -1268,25 +1222,26 @@ def table_rows(run):
 def evaluate(run, n=None, ref=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
     run = replace(run, n=n or run.n)
-    rows = table_rows(run)
+    rows = networks(run)
     features, real, floor = reference(run, ref)
     metric = "Frechet" if run.dataset == "digits" else "FID"
     noise, y = fixed_noise(run, run.n, seed=4321)
     few, few_y = fixed_noise(run, 12)
-    table, strips = [("row", "parameters", "MACs", "evaluations", metric)], {}
-    for row, flow, solver in rows:
+    table, pictures, labels = [("row", "parameters", "MACs", "evaluations", metric)], [], []
+    for name, flow, solver in rows:
         images = generate(flow, noise, y, solver)
-        if solver != ONE_STEP and count_done(run, "pairs") >= run.n:  # the stored pairs are such images
-            images = (to_uint8(x.float()) for x in load_pairs(run, "pairs")[1][: run.n].split(SAMPLE_BATCH))
+        if solver is not ONE_STEP and count_pairs(run, "pairs") >= run.n:  # the stored pairs are such images
+            images = map(to_uint8, load_pairs(run, "pairs")[1][: run.n].float().split(SAMPLE_BATCH))
         distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
         picture, evaluations = sample(flow, few, y=few_y, **solver)
         macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
-        table.append((row, f"{count_parameters(flow):,}", macs, evaluations, f"{distance:.2f}"))
-        strips[f"{row}\n{metric} {distance:,.0f}"] = picture
+        table.append((name, f"{count_parameters(flow):,}", macs, evaluations, f"{distance:.2f}"))
+        pictures.append(picture)
+        labels.append(f"{name}\n{metric} {distance:,.0f}")
     if floor is not None:
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
-    save_pictures(run.folder / "summary.png", torch.cat(list(strips.values())), 12, list(strips))
+    save_pictures(run.folder / "summary.png", torch.cat(pictures), 12, labels)
     print(f"distances of {run.n:,} images (those of other numbers differ); see {run.folder / 'summary.png'}")
 
 def print_table(rows):
@@ -1297,17 +1252,17 @@ def print_table(rows):
 
 def save_pictures(path, images, columns=8, labels=()):
     """A PNG of images [N, C, H, W] in [-1, 1] side by side, small ones enlarged; a label beside each row."""
-    with trying(f"draw {path}", "is MPLBACKEND set to what matplotlib does not know?"):
-        from matplotlib.figure import Figure
-        x = F.interpolate(to_uint8(images.float().cpu()), scale_factor=max(1, 64 // images.shape[-1]))
-        picture = import_package("torchvision.utils").make_grid(x, columns, 4, pad_value=255).permute(1, 2, 0)
-        height, width = picture.shape[:2]
-        figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-        axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[])
-        axes.imshow(picture.numpy())
-        axes.set_yticks([(i + 0.5) * height / len(labels) for i in range(len(labels))], labels)
-        axes.tick_params(length=0, labelsize=9)
-        save_file(path, partial(figure.savefig, format="png", bbox_inches="tight", pad_inches=0.05))
+    from matplotlib.figure import Figure
+    x = F.interpolate(to_uint8(images.float().cpu()), scale_factor=max(1, 64 // images.shape[-1]))
+    picture = import_package("torchvision.utils").make_grid(x, columns, 4, pad_value=255).permute(1, 2, 0)
+    height, width = picture.shape[:2]
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[])
+    axes.imshow(picture.numpy())
+    # A label stands in the middle of each row.
+    axes.set_yticks([(i + 0.5) * height / len(labels) for i in range(len(labels))], labels)
+    axes.tick_params(length=0, labelsize=9)
+    save_file(path, partial(figure.savefig, format="png", bbox_inches="tight", pad_inches=0.05))
 
 def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
     """Write n images of a network to the file npz, if named, and up to 64 of them to samples.png."""
@@ -1316,17 +1271,15 @@ def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
         raise Fault(f"{path} is not there; distill {run.dataset} first, or name a file with --ckpt")
     flow = load_network(path, run.device)
     if solver is None:
-        one_step = flow.stage in ("distill", "naive")
-        solver, steps = ("euler", steps or 1) if one_step else ("rk45", steps)
-        how = f"euler --steps {steps}" if one_step else "rk45"
-        print(f"{path} is taken for a network of stage {flow.stage}: --solver {how}")
-    if (solver == "rk45") == bool(steps):
-        raise Fault("--steps goes with every --solver but rk45, which chooses its own")
-    options = dict(solver=solver, steps=steps) if steps else dict(solver=solver)
+        solver = "euler" if flow.stage in ("distill", "naive") else "rk45"
+        print(f"{path} is taken for a network of stage {flow.stage}: --solver {solver}")
+    options = dict(solver=solver) | (dict(steps=steps) if steps else {})
+    if solver == "rk45" and steps:
+        raise Fault("rk45 chooses its own steps; give --solver euler or adams with --steps")
     seed_all(run.seed, "sample", 0)
-    size = flow.config["resolution"]
-    noise = torch.randn(n, flow.config["channels"], size, size).to(run.device)
-    y = torch.randint(max(1, flow.config["label_dim"]), (n,)).to(run.device)
+    channels, size, classes = (flow.config[key] for key in ("channels", "resolution", "label_dim"))
+    noise = torch.randn(n, channels, size, size).to(run.device)
+    y = torch.randint(max(1, classes), (n,)).to(run.device)
     images = torch.cat([x.cpu() for x in generate(flow, noise, y, options)])
     if npz:
         save_file(npz, lambda file: np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy()))
@@ -1363,17 +1316,14 @@ class EDMTeacher(nn.Module):
         return (self.denoise(x / s, (1 - t) / t, y) - x) / (1 - s)
 
 class Record(dict):
-    """Stands in for any object of a pickle: it keeps what the object would be made from, and does nothing.
-
-    It is a dict, as some of EDM's own objects are, whose items a pickle sets one by one.
-    """
-    args, state = (), None
-
-    def __init__(self, *args):
-        self.args = args
+    """Stands in for any object of a pickle, and does nothing. Its items are the object's attributes."""
+    def __init__(self, made_from=None, *_):  # EDM's classes: from a dict with their name and their state
+        if isinstance(made_from, dict):
+            super().__init__(made_from.get("state") or {}, class_name=made_from.get("class_name"))
 
     def __setstate__(self, state):
-        self.state = state
+        if isinstance(state, dict):
+            self.update(state)
 
 class InertUnpickler(pickle.Unpickler):
     """Reads a pickle's numbers, texts, containers and tensors; any other object becomes a Record."""
@@ -1384,15 +1334,10 @@ class InertUnpickler(pickle.Unpickler):
             return getattr(torch._utils, name)
         return dict if name == "OrderedDict" else Record
 
-def state_of(record):
-    """The state of an object of EDM's: its own classes give a dict to a function that would rebuild them."""
-    return record.args[0]["state"] if record.args else record.state
-
-def weights_of(record, prefix=""):
+def weights_of(module, prefix=""):
     """The weights of a module of EDM's and of those in it, by their names."""
-    state = state_of(record)
-    weights = {prefix + name: p for name, p in state["_parameters"].items() if p is not None}
-    for name, child in state["_modules"].items():
+    weights = {prefix + name: p for name, p in module["_parameters"].items() if p is not None}
+    for name, child in module["_modules"].items():
         weights |= weights_of(child, f"{prefix}{name}.")
     return weights
 
@@ -1401,14 +1346,13 @@ def load_edm(path, device="cpu"):
     with trying(f"read {path} as a network of EDM's", "it is damaged or something else"):
         with open(path, "rb") as file:
             outer = InertUnpickler(file).load()["ema"]
-        preconditioning = outer.args[0]["class_name"]
-        if preconditioning != "EDMPrecond" or state_of(outer)["sigma_data"] != 0.5:
-            raise Fault(f"{path} is a network with {preconditioning!r}; only EDMPrecond can be used")
-        inner = state_of(outer)["_modules"]["model"]
-        given, weights = state_of(inner)["_init_kwargs"], weights_of(inner)
+        if outer["class_name"] != "EDMPrecond" or outer["sigma_data"] != 0.5:
+            raise Fault(f"{path} is a network with {outer['class_name']!r}; only EDMPrecond can be used")
+        inner = outer["_modules"]["model"]
+        given, weights = inner["_init_kwargs"], weights_of(inner)
         if given.get("encoder_type", "standard") != "standard":
             raise Fault(f"{path} is an NCSN++ (-ve) of EDM's; take the same network with -vp in its name")
-        like = dict(SongUNet=cifar10, DhariwalUNet=imagenet64)[inner.args[0]["class_name"]]  # EDM's defaults
+        like = dict(SongUNet=cifar10, DhariwalUNet=imagenet64)[inner["class_name"]]  # EDM's defaults
         config = {name: given.get(name, value) for name, value in like.networks["teacher"].items()}
         config |= dict(resolution=given["img_resolution"], channels=given["in_channels"],
                        label_dim=given.get("label_dim", 0), time_scale=1.0)  # its time is ln(sigma) / 4
@@ -1417,7 +1361,8 @@ def load_edm(path, device="cpu"):
 
 def load_slimflow_official(path, device="cpu"):
     """The EMA network of a .pth of the authors, in the first layout that fits: a student, or their 1-flow."""
-    scalar = np.float64(0).__reduce__()[0]  # what numpy rebuilds a number by: their optimizer's learning rate
+    # Their optimizer's learning rate is a number of numpy's, which this function rebuilds.
+    scalar = np.float64(0).__reduce__()[0]
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1, numpy 2
     allowed += [np.dtype, type(np.dtype("f8"))]
     with trying(f"read {path} as a network of SlimFlow's authors", "it is damaged or something else"):
@@ -1474,14 +1419,9 @@ def main(argv=None):
         return 0
     except Fault as fault:
         message = str(fault)
-    except Timeout as error:
-        folder = Path(error.lock_file).parent
-        message = f"another run works in {folder}; wait for its end, or give another --out"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
+    except (torch.OutOfMemoryError, MemoryError):
         message = "the memory is full; use a smaller --batch, --n or --student, or more GPUs"
     except KeyboardInterrupt:
         message = "interrupted; the same command, without --fresh, goes on from what was saved, if anything"
@@ -1492,3 +1432,4 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
     sys.exit(main())
+

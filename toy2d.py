@@ -16,8 +16,7 @@ from torch import nn
 import slimflow as sf
 
 N_PAIRS, BATCH = 20_000, 512
-TRAIN = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
-REFLOW = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
+TRAIN = REFLOW = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
 DISTILL = sf.Schedule(steps=1_500, batch=BATCH, lr=1e-3, warmup=50, decay=0.5, ema=0.995)
 
 
@@ -105,6 +104,12 @@ def sliced_wasserstein(a, b, directions=200):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 
+COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#666666"]
+
+def sector(points):
+    """In which eighth of the plane each point [n, 2] lies, 0 to 7: for the eight Gaussians, its blob."""
+    return (torch.atan2(points[:, 1], points[:, 0]) / (math.pi / 4)).round().long() % 8
+
 def axes_row(target, titles):
     """A figure with one square panel for each title, the target in grey behind it."""
     from matplotlib.figure import Figure
@@ -127,11 +132,13 @@ def draw_paths(path, stages, target):
     figure.savefig(path, dpi=110)
 
 def draw_particles(path, stages, target, frames=40):
-    """The particles of each stage, moving from t = 0 to t = 1."""
+    """The particles of each stage, moving from t = 0 to t = 1, in the colour of their end's eighth."""
     from matplotlib.animation import FuncAnimation, PillowWriter
 
     figure, panels = axes_row(target, [title for title, _ in stages])
-    dots = [axes.scatter([], [], s=4, color="black") for axes in panels]
+    dots = []
+    for axes, (_, states) in zip(panels, stages):
+        dots.append(axes.scatter(*states[0, :600].T, s=5, c=[COLOURS[k] for k in sector(states[-1, :600])]))
     clock = panels[0].text(-3.8, -3.8, "")
 
     def show(frame):

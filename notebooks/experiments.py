@@ -143,9 +143,9 @@ def both_steps_loss(student, flow, noise, distance):
     target = torch.no_grad()(two_step)(flow, noise, 0.2 + 0.6 * torch.rand(len(noise)))
     return distance(sf.one_step(student, noise), target).mean()
 
-def distilled(world, flow, how, pairs, data):
-    """A one-step student from a 2-flow, on the first pairs (noise, data), in one of the ways of COST."""
-    guide = both_steps_loss if how == "both steps by the 2-flow" else sf.guidance_loss
+def distilled(world, flow, how, pairs, data, guide=None):
+    """A student from a 2-flow, on the first pairs (noise, data), in a way of COST, or by your guide."""
+    guide = guide or (both_steps_loss if how == "both steps by the 2-flow" else sf.guidance_loss)
 
     def loss(student, step):
         i, value = torch.randint(pairs, (BATCH,)), 0.0
