@@ -525,14 +525,15 @@ def seconds(n):
 
 @contextlib.contextmanager
 def trying(what, otherwise):
-    """Turn whatever goes wrong within into a Fault, 'cannot <what>: <what the system says, or otherwise>'."""
+    """Turn whatever goes wrong within into a Fault, 'cannot <what>: <what the system says>; <otherwise>'."""
     try:
         yield
     except (Fault, torch.OutOfMemoryError):
         raise
     except Exception as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the system's
-        raise Fault(f"cannot {what}: {getattr(cause, 'strerror', None) or otherwise}") from error
+        reasons = filter(None, [getattr(cause, "strerror", None), otherwise])
+        raise Fault(f"cannot {what}: {'; '.join(reasons)}") from error
 
 def save_file(path, write):
     """Write a file whole or not at all: write(file) fills a temporary one, which then takes its place."""
@@ -586,37 +587,43 @@ def load_digits():
 
 def read_images(run, data_dir=None):
     """All training images, uint8 [N, C, H, W], and their classes, int64 [N]; 0 if there are none."""
-    folder = Path(data_dir or f"data/{run.dataset}")
     if run.dataset == "digits":
         return load_digits()
     if run.dataset != "cifar10":
-        return decode_folder(run, folder)
+        return decode_folder(run, data_dir)
+    folder = data_dir or "data/cifar10"
     dataset = import_package("torchvision.datasets").CIFAR10  # checks the archive's MD5 sum
     with trying(f"use or download {dataset.url} (or put it into {folder})", "no network, or damaged"):
         images = torch.from_numpy(dataset(folder, train=True, download=True).data)  # (N, H, W, C)
     return images.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.int64)
 
-def decode_folder(run, folder):
-    """The images in a folder and in those inside it, scaled and cropped to squares, and their classes."""
+def find_images(run, data_dir):
+    """The images in a folder and in those inside it: a list of (path, class)."""
+    folder = Path(data_dir or f"data/{run.dataset}")
     files_of = import_package("torchvision.datasets.folder")
-    transforms = import_package("torchvision.transforms")
     without = "there are no folders of images, one for each class" if run.label_dim else "there are none"
     with trying(f"find images in {folder} (--data-dir names another folder)", without):
         # ImageNet comes as a folder for each class; "" is the folder itself, with all that are in it.
         classes = files_of.find_classes(folder)[1] if run.label_dim else {"": 0}
-        files = files_of.make_dataset(folder, classes, files_of.IMG_EXTENSIONS)
+        found = files_of.make_dataset(folder, classes, files_of.IMG_EXTENSIONS)
     if run.label_dim not in (0, len(classes)):
         raise Fault(f"{folder} holds {len(classes)} folders; {run.dataset} has {run.label_dim} classes")
+    return found
+
+def decode_folder(run, data_dir):
+    """The images in a folder and in those inside it, scaled and cropped to squares, and their classes."""
+    paths, y = zip(*find_images(run, data_dir))
+    load = import_package("torchvision.datasets.folder").default_loader
+    transforms = import_package("torchvision.transforms")
     resize = transforms.Resize(run.shape[-1], transforms.InterpolationMode.BOX)
     square = transforms.Compose([resize, transforms.CenterCrop(run.shape[-1]), transforms.PILToTensor()])
 
     def decode(path):
         with trying(f"read the image {path}", "it is damaged; replace or remove it"):
-            return square(files_of.default_loader(path))
+            return square(load(path))
 
-    paths, y = zip(*files)
-    images = torch.empty(len(files), *run.shape, dtype=torch.uint8)
-    report = progress("decode", 0, len(files), unit="images")
+    images = torch.empty(len(paths), *run.shape, dtype=torch.uint8)
+    report = progress("decode", 0, len(paths), unit="images")
     with ThreadPoolExecutor() as pool:
         for i, image in enumerate(pool.map(decode, paths)):
             images[i] = image
@@ -795,10 +802,10 @@ def fit_stage(run, stage, config, loss, schedule, seed, solver, start=None):
     fit(net, loss, schedule, seed, stage, run.folder / stage, picture)
 
 STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, naive=distill)
-MADE_FROM = dict(pairs="train", reflow="pairs", distill="reflow", naive="reflow")
 STALE = dict(train=["pairs", "reflow", "distill", "naive"], pairs=["reflow", "distill", "naive"],
              reflow=["distill", "naive"], distill=[], naive=[])  # what a stage's results are the basis of
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
+DATA_SETTINGS = ("seed", "data_dir", "pairs", "teacher", "own_pairs")  # what images and pairs are made with
 
 def run_stage(run, stage, fresh=False, **given):
     """Bring a stage, and first those that it is made from, to its end; False if there was nothing to do.
@@ -808,8 +815,11 @@ def run_stage(run, stage, fresh=False, **given):
     settings = settle(run, stage, given, fresh)
     if not fresh and count_done(run, stage) >= settings[GOAL[stage]]:
         return False
-    if stage in MADE_FROM and not settings.get("teacher"):
-        run_stage(run, MADE_FROM[stage])
+    for source in sources(stage, settings):
+        run_stage(run, source)
+    decoded = (run.folder / stage / "images.pt").exists() and not fresh
+    if stage == "train" and not decoded and run.dataset not in ("digits", "cifar10"):
+        find_images(run, settings["data_dir"])  # where there are none, nothing is renamed
     barrier()  # all processes have read what is there
     if RANK == 0:
         stale = STALE[stage]
@@ -823,6 +833,16 @@ def run_stage(run, stage, fresh=False, **given):
     STAGES[stage](run, **settings)
     barrier()
     return True
+
+def sources(stage, settings):
+    """The stages that one with these settings is made from, in their order."""
+    if stage == "pairs":
+        return [] if settings["teacher"] else ["train"]
+    if stage == "reflow":
+        return ["pairs"]
+    if stage in ("distill", "naive"):
+        return ["reflow"] if settings["own_pairs"] else ["pairs", "reflow"]
+    return []
 
 def run_all(run, given, fresh=False):
     """Pairs, reflow, distill; on the digits also the naive student, at the guided one's cost. Then the table.
@@ -864,13 +884,15 @@ def settle(run, stage, given, fresh=False):
     folder = run.folder / stage
     results = [path for path in folder.glob("*") if path.suffix in (".pt", ".bin")]
     kept = remembered(run, stage) if results and not fresh else {}
+    if not (folder / "ckpt.pt").exists():  # images and pairs alone do not depend on how they are trained on
+        kept = {name: kept[name] for name in kept if name in DATA_SETTINGS}
     settings = defaults(run, stage) | kept | given
-    if stage == "reflow" and not kept:  # `anneal` is a share of these steps; with more later beta stays 0
-        settings["anneal_steps"] = settings["steps"]
-    for name in given.keys() & kept.keys():
+    if "anneal" in settings:  # a share of these steps; with more steps later beta stays 0
+        settings.setdefault("anneal_steps", settings["steps"])
+    for name in [name for name in given if name in kept]:
         more = name == GOAL[stage] and given[name] > kept[name]
         if given[name] != kept[name] and not more and name != "lr":
-            was = f"{flag(name)} {kept[name]}"
+            was = f"no {flag(name)}" if kept[name] is None else f"{flag(name)} {kept[name]}"
             raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     if fresh or count_done(run, stage) < settings[GOAL[stage]]:
         check(run, settings)
@@ -906,9 +928,9 @@ def defaults(run, stage):
 def remembered(run, stage):
     """The settings in a stage's folder, {} if there are none."""
     path = run.folder / stage / "settings.json"
-    if not path.exists():
+    if not path.exists() and not (path.parent / "ckpt.pt").exists():
         return {}
-    with trying(f"read {path}", "it is damaged, or of another edition; start over with --fresh"):
+    with trying(f"read {path}", f"it is damaged, or of another edition; start over with {stage} --fresh"):
         kept = json.loads(path.read_text())
         if not kept.keys() >= defaults(run, stage).keys():
             raise ValueError
@@ -1061,7 +1083,7 @@ def help_text(command, name):
     """The help of a flag, with the presets' values."""
     values = [f"{preset.dataset} {settings[name]}"
               for preset in PRESETS.values() for stage, settings in preset.settings.items()
-              if command in (stage, "all") and name in settings]
+              if command in (stage, "all") and settings.get(name) is not None]
     return f"{FLAGS[name]['help']} [{', '.join(values)}]" if values else FLAGS[name]["help"]
 
 def run_command(command, given):
@@ -1421,7 +1443,9 @@ def main(argv=None):
         message = str(fault)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (torch.OutOfMemoryError, MemoryError):
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # of a CPU's memory or a GPU's
+            raise
         message = "the memory is full; use a smaller --batch, --n or --student, or more GPUs"
     except KeyboardInterrupt:
         message = "interrupted; the same command, without --fresh, goes on from what was saved, if anything"

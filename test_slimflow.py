@@ -391,7 +391,10 @@ def test_other_images_start_over_and_are_not_mixed_with_the_first(folder, monkey
     networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(channels=3))
     run = replace(little(folder, "ffhq64", 0), networks=networks, out="runs", data_dir=None)
     monkeypatch.setitem(sf.PRESETS, "ffhq64", run)
-    ran(f"train --dataset ffhq64 --data-dir {folder}")
+    assert "nowhere" in refused(f"train --dataset ffhq64 --data-dir {folder}/nowhere")
+    ran(f"reflow --dataset ffhq64 --data-dir {folder}")  # the mistake does not stick
+    assert "nowhere" in refused(f"train --dataset ffhq64 --data-dir {folder}/nowhere --fresh")
+    assert not list(run.folder.glob("*.1"))
     assert f"--data-dir {folder}; give the same" in refused(f"train --dataset ffhq64 --data-dir {folder}/a")
     ran(f"train --dataset ffhq64 --data-dir {folder}/a --fresh")
     assert (sf.load_images(run)[0].numpy() == pictures[:3]).all()
@@ -600,11 +603,16 @@ def test_more_steps_or_pairs_set_aside_what_was_made_and_never_raise_b(copied):
     assert batches(copied, "reflow", "anneal_beta", 1) == [(0, 6.0, "linear")]  # 0 from step 6 on, as before
     assert sf.count_done(copied, "reflow") == 30 and not (copied.folder / "distill").exists()
     assert checkpoint(copied.folder / "distill.1") == before["distill"]
+    path = copied.folder / "pairs/pairs.bin"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert sf.run_stage(copied, "distill")  # reads the pairs, so they are made whole, and then reflow anew
+    assert checkpoint(copied.folder / "distill") == before["distill"]
+    assert (copied.folder / "reflow.1").exists()
     assert sf.run_stage(copied, "pairs", pairs=50)
-    assert len(rows_of(copied)) == 50 and (copied.folder / "reflow.1/ckpt.pt").exists()
+    assert len(rows_of(copied)) == 50 and (copied.folder / "reflow.2/ckpt.pt").exists()
     assert sf.run_stage(copied, "train", steps=14)
     left = {path.name for path in copied.folder.glob("[a-z]*")}
-    assert left == {"train", "pairs.1", "reflow.1", "distill.1"}
+    assert left == {"train", "pairs.1", "reflow.1", "reflow.2", "distill.1", "distill.2"}
 
 def test_a_finished_stage_reads_no_weights(copied, monkeypatch, ran):
     monkeypatch.setattr(sf, "UNet", lambda **config: 1 / 0)
@@ -625,12 +633,14 @@ def test_fresh_renames_the_stage_and_those_made_from_it(copied, ran, refused):
     assert "start over with --fresh" in refused(f"reflow --out {copied.out}")
     (copied.folder / "reflow/settings.json").write_text('{"steps": 12}')
     assert "another edition" in refused(f"reflow --out {copied.out}")
+    (copied.folder / "reflow/settings.json").unlink()
+    assert "start over with reflow --fresh" in refused(f"reflow --out {copied.out}")
 
 @pytest.mark.parametrize("line, word", [
     ("distill --guidance 2", "--guidance 1.0"), ("distill --distance l2", "--distance huber"),
     ("all --seed 1", "--seed 0"), ("reflow --anneal 0.7", "--anneal 0.5"), ("pairs --pairs 39", "--pairs 40"),
     ("train --batch 4 --steps 20", "--batch 8"), ("train --steps 11", "--steps 12"),
-    (f"pairs --teacher {__file__}", "--teacher None"),
+    (f"pairs --teacher {__file__}", "no --teacher"),
 ])  # fmt: skip
 def test_other_settings_are_refused_before_anything_is_done(line, word, copied, ran, refused):
     before = contents(copied)
