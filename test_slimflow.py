@@ -567,7 +567,9 @@ def test_naive_and_guided_students_of_all_are_trained_at_equal_cost(copied, monk
 def test_distill_makes_pairs_of_its_own_where_the_2_flow_gives_the_targets(copied, refused):
     shutil.rmtree(copied.folder / "distill")
     assert "it is for all, pairs" in refused(f"distill --pairs 50 --out {copied.out}")
-    sf.run_stage(copied, "distill", own_pairs=30)
+    with mock.patch.object(sf, "fit", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        sf.run_stage(copied, "distill", own_pairs=30, batch=4)
+    sf.run_stage(copied, "distill", batch=8)  # of what was made before a first step, only the pairs bind
     own, flow = rows_of(copied, "distill"), sf.load_flow(copied.folder / "reflow/ckpt.pt")
     data, _ = sf.sample(flow, torch.from_numpy(own["noise"]).float(), **copied.precise)
     torch.testing.assert_close(data.half(), torch.from_numpy(own["data"]), atol=2e-3, rtol=2e-3)
@@ -594,6 +596,7 @@ def test_what_is_not_given_is_remembered_and_else_the_presets(ran, refused):
     for name, anneal in (("load_pairs", 0.7), ("save_pictures", 0.25)):  # before and after the first step
         with mock.patch.object(sf, name, side_effect=KeyboardInterrupt):
             assert "interrupted" in refused(f"reflow --anneal {anneal}")
+    assert sf.count_done(tiny("runs"), "reflow") == 1
     ran("distill")
     assert sf.remembered(tiny("runs"), "reflow")["anneal"] == 0.25
 
