@@ -68,7 +68,7 @@ SCHEDULES = {  # beta, by u = step / horizon
     "linear": lambda u: max(0.0, 1 - u),
     "cosine": lambda u: (1 + math.cos(math.pi * min(1.0, u))) / 2,
     "exponential": lambda u: math.exp(-u),  # never reaches 0: the horizon is a time constant
-    "hold": lambda u: float(u < 1),  # ours
+    "hold": lambda u: float(u < 1),  # ours; better where few pairs are seen often (notebook 2)
 }
 
 def anneal_beta(step, horizon, schedule="linear"):
@@ -802,8 +802,9 @@ def fit_stage(run, stage, config, loss, schedule, seed, solver, start=None):
     fit(net, loss, schedule, seed, stage, run.folder / stage, picture)
 
 STAGES = dict(train=train, pairs=make_pairs, reflow=reflow, distill=distill, naive=distill)
-STALE = dict(train=["pairs", "reflow", "distill", "naive"], pairs=["reflow", "distill", "naive"],
-             reflow=["distill", "naive"], distill=[], naive=[])  # what a stage's results are the basis of
+STALE = dict(  # by stage: those that are out of date when it goes on
+    train=["pairs", "reflow", "distill", "naive"], pairs=["reflow", "distill", "naive"],
+    reflow=["distill", "naive"], distill=[], naive=[])
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
 DATA_SETTINGS = ("seed", "data_dir", "pairs", "teacher", "own_pairs")  # what images and pairs are made with
 
@@ -884,7 +885,7 @@ def settle(run, stage, given, fresh=False):
     folder = run.folder / stage
     results = [path for path in folder.glob("*") if path.suffix in (".pt", ".bin")]
     kept = remembered(run, stage) if results and not fresh else {}
-    if not (folder / "ckpt.pt").exists():  # images and pairs alone do not depend on how they are trained on
+    if not (folder / "ckpt.pt").exists():  # there are images or pairs, but nothing is trained on them yet
         kept = {name: kept[name] for name in kept if name in DATA_SETTINGS}
     settings = defaults(run, stage) | kept | given
     if "anneal" in settings:  # a share of these steps; with more steps later beta stays 0
