@@ -1254,7 +1254,7 @@ def evaluate(run, n=None, ref=None):
     for name, flow, solver in rows:
         images = generate(flow, noise, y, solver)
         if solver is not ONE_STEP and count_pairs(run, "pairs") >= run.n:  # the stored pairs are such images
-            images = map(to_uint8, load_pairs(run, "pairs")[1][: run.n].float().split(SAMPLE_BATCH))
+            images = (to_uint8(x.float()) for x in load_pairs(run, "pairs")[1][: run.n].split(SAMPLE_BATCH))
         distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
         picture, evaluations = sample(flow, few, y=few_y, **solver)
         macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
