@@ -513,15 +513,12 @@ def progress(name, start, total, images=1, unit="steps"):
             return
         shown = now
         pace = (now - began + 1e-9) / (done - start)  # seconds per unit
-        clock = f"took {seconds(now - began)}" if last else f"{seconds((total - done) * pace)} left"
+        clock = timedelta(seconds=round(now - began if last else (total - done) * pace))
+        clock = f"took {clock}" if last else f"{clock} left"
         line = f"{name:<10} {done:,}/{total:,} {unit}  {note}  {images / pace:,.0f} images/s  {clock}"
         print(line[:79].ljust(79), end="\r" if live and not last else "\n", flush=True)
 
     return report
-
-def seconds(n):
-    """A number of seconds as h:mm:ss."""
-    return timedelta(seconds=round(n))
 
 @contextlib.contextmanager
 def trying(what, otherwise):
@@ -818,7 +815,7 @@ def run_stage(run, stage, fresh=False, **given):
         return False
     for source in sources(stage, settings):
         run_stage(run, source)
-    decoded = (run.folder / stage / "images.pt").exists() and not fresh
+    decoded = not fresh and (run.folder / "train/images.pt").exists()
     if stage == "train" and not decoded and run.dataset not in ("digits", "cifar10"):
         find_images(run, settings["data_dir"])  # where there are none, nothing is renamed
     barrier()  # all processes have read what is there
@@ -890,10 +887,11 @@ def settle(run, stage, given, fresh=False):
     settings = defaults(run, stage) | kept | given
     if "anneal" in settings:  # a share of these steps; with more steps later beta stays 0
         settings.setdefault("anneal_steps", settings["steps"])
-    for name in [name for name in given if name in kept]:
-        more = name == GOAL[stage] and given[name] > kept[name]
-        if given[name] != kept[name] and not more and name != "lr":
-            was = f"no {flag(name)}" if kept[name] is None else f"{flag(name)} {kept[name]}"
+    for name, value in given.items():
+        was = kept.get(name, value)  # what nothing was made with yet may be anything
+        more = name == GOAL[stage] and value > was
+        if value != was and not more and name != "lr":
+            was = f"no {flag(name)}" if was is None else f"{flag(name)} {was}"
             raise Fault(f"{folder} was made with {was}; give the same, --fresh or another --out")
     if fresh or count_done(run, stage) < settings[GOAL[stage]]:
         check(run, settings)
@@ -1098,14 +1096,17 @@ def run_command(command, given):
         return sample_images(run, **{name: given[name] for name in given if name not in fields})
     if command == "eval":
         return evaluate(run, given.get("n"), given.get("ref"))
+
+    def given_to(stage):
+        return {name: given[name] for name in given if name in defaults(run, stage)}
+
     student = "naive" if given.get("guidance") == 0 else "distill"
-    stages = dict(all=["train", "pairs", "reflow", student], distill=[student]).get(command, [command])
-    own = {stage: {name: given[name] for name in given if name in defaults(run, stage)} for stage in stages}
     with locked(run):
         if command == "all":
-            return run_all(run, own, fresh)
-        (stage,) = stages
-        if not run_stage(run, stage, fresh, **own[stage]):
+            stages = "train", "pairs", "reflow", student
+            return run_all(run, {stage: given_to(stage) for stage in stages}, fresh)
+        stage = student if command == "distill" else command
+        if not run_stage(run, stage, fresh, **given_to(stage)):
             print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
 
 @contextlib.contextmanager
@@ -1253,7 +1254,7 @@ def evaluate(run, n=None, ref=None):
     table, pictures, labels = [("row", "parameters", "MACs", "evaluations", metric)], [], []
     for name, flow, solver in rows:
         images = generate(flow, noise, y, solver)
-        if solver is not ONE_STEP and count_pairs(run, "pairs") >= run.n:  # the stored pairs are such images
+        if solver != ONE_STEP and count_pairs(run, "pairs") >= run.n:  # the stored pairs are such images
             images = (to_uint8(x.float()) for x in load_pairs(run, "pairs")[1][: run.n].split(SAMPLE_BATCH))
         distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
         picture, evaluations = sample(flow, few, y=few_y, **solver)
@@ -1296,9 +1297,11 @@ def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
     if solver is None:
         solver = "euler" if flow.stage in ("distill", "naive") else "rk45"
         print(f"{path} is taken for a network of stage {flow.stage}: --solver {solver}")
-    options = dict(solver=solver) | (dict(steps=steps) if steps else {})
-    if solver == "rk45" and steps:
+    options = dict(solver=solver)
+    if steps and solver == "rk45":
         raise Fault("rk45 chooses its own steps; give --solver euler or adams with --steps")
+    if steps:
+        options["steps"] = steps
     seed_all(run.seed, "sample", 0)
     channels, size, classes = (flow.config[key] for key in ("channels", "resolution", "label_dim"))
     noise = torch.randn(n, channels, size, size).to(run.device)
@@ -1457,4 +1460,3 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
     sys.exit(main())
-

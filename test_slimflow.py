@@ -168,7 +168,7 @@ def test_rk45_is_as_precise_as_scipys_within_a_third_of_its_evaluations(toleranc
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("adams", 3)])
 def test_solvers_converge_at_their_order(solver, order):
-    """On a smooth field; with Heun's last step Euler's, its local error h^2 keeps the order 2."""
+    """On a smooth field."""
     field, z = lambda x, t, y: x * (t[:, None] - 2), torch.ones(1, 1, dtype=torch.float64)
     exponent = (1 / 2 - 2) - (sf.T0**2 / 2 - 2 * sf.T0)
     if solver == "euler":  # the authors' steps of 1/N over [T0, 1] solve (1 - T0) dx/dt = v
@@ -1208,7 +1208,7 @@ def test_sliced_wasserstein_distance():
     assert moved == pytest.approx(3 * 2 / math.pi, rel=1e-3)  # mean over directions of |3 cos|
 
 def test_toy_draws_its_pictures(tmp_path, monkeypatch, capsys):
-    for stage in ("TRAIN", "REFLOW", "DISTILL"):
+    for stage in ("TRAIN", "DISTILL"):
         monkeypatch.setattr(toy2d, stage, sf.Schedule(steps=5, batch=16, lr=1e-3, warmup=0, ema=0.9))
     monkeypatch.setattr(sys, "argv", ["toy2d.py", "--out", str(tmp_path), "--target", "moons"])
     toy2d.main()

@@ -16,7 +16,7 @@ from torch import nn
 import slimflow as sf
 
 N_PAIRS, BATCH = 20_000, 512
-TRAIN = REFLOW = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
+TRAIN = sf.Schedule(steps=4_000, batch=BATCH, lr=3e-3, warmup=50, decay=0.5, ema=0.995)
 DISTILL = sf.Schedule(steps=1_500, batch=BATCH, lr=1e-3, warmup=50, decay=0.5, ema=0.995)
 
 
@@ -79,10 +79,10 @@ def train_all(draw, seed):
 
     def reflow_loss(flow, step):
         i = torch.randint(N_PAIRS, (BATCH,))
-        beta = sf.anneal_beta(step, REFLOW.steps // 3)
+        beta = sf.anneal_beta(step, TRAIN.steps // 3)
         return sf.rectified_flow_loss(flow, sf.annealed_noise(noise[i], beta), data[i])
 
-    two_flow = sf.fit(MLP(64), reflow_loss, REFLOW, seed, "2-flow")
+    two_flow = sf.fit(MLP(64), reflow_loss, TRAIN, seed, "2-flow")
 
     def distill_loss(student, step):
         i = torch.randint(N_PAIRS, (BATCH,))
