@@ -19,6 +19,7 @@ commands, the first four being the stages of the method:
 import argparse
 import contextlib
 import copy
+import hashlib
 import importlib
 import io
 import itertools
@@ -40,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout  # torch requires it too
+from PIL import Image, ImageOps  # matplotlib requires it too
 from torch import nn
 
 
@@ -81,7 +83,7 @@ def annealed_noise(noise, beta):
 
 def velocity(flow, x, t, y=None):
     """v(x, t) at one time t for the whole batch x [B, ...]."""
-    return flow(x, x.new_full((len(x),), t), y)
+    return flow(x, x.new_full(x.shape[:1], t), y)
 
 def one_step(flow, noise, y=None):
     """z + v(z, T0): the whole ODE in one Euler step, exact where the paths are straight."""
@@ -553,7 +555,6 @@ class Run:
     dataset: str
     shape: tuple  # of an image, (C, H, W)
     label_dim: int = 0  # number of classes, 0 if unconditional
-    mirror: bool = True  # images may be mirrored; False for what has a left and a right, as digits
     networks: dict  # arguments of `UNet` for "teacher" and for each student's size
     precise: dict  # arguments of `sample` that solve the ODE of these networks precisely
     settings: dict  # of each stage, the arguments of its function (Section 6)
@@ -582,54 +583,95 @@ def load_digits():
     with trying(f"read {path}", "it is damaged"), np.load(path) as file:
         return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
 
+@cache
+def list_pictures(folder):
+    """The paths of all pictures in a folder and in those inside it; says how many other files there are."""
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found, others, real = [], 0, folder.resolve()
+
+    def skipped(path):
+        target = path.resolve() if path.is_symlink() else None
+        links_back = target and (target.is_relative_to(real) or real.is_relative_to(target))
+        return path.name.startswith(".") or links_back
+
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not skipped(Path(place, name)))
+        paths = [Path(place, name) for name in sorted(files)]
+        pictures = [path for path in paths if path.suffix.lower() in kinds and not skipped(path)]
+        found += pictures
+        others += len(files) - len(pictures)
+    if others:
+        print(f"left out: {others:,} files in {folder}, hidden or without the name of a picture")
+    return found
+
+def find_images(run, data_dir):
+    """The run's pictures, a list of (path, class); without any it is empty for cifar10, and else a Fault."""
+    if run.dataset == "digits":
+        return []
+    folder = Path(data_dir or f"data/{run.dataset}")
+    folders = [folder]
+    if run.label_dim:
+        folders = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+        if len(folders) != run.label_dim:
+            raise Fault(f"{folder} holds {len(folders)} folders, but {run.dataset} needs one for each of its "
+                        f"{run.label_dim} classes; --data-dir names another folder")
+    empty = [str(folder) for folder in folders if not list_pictures(folder)]
+    if empty and run.dataset != "cifar10":
+        raise Fault(f"there are no pictures in {', '.join(empty)}; --data-dir names another folder")
+    return [(path, y) for y, folder in enumerate(folders) for path in list_pictures(folder)]
+
+def square(path, size):
+    """The middle of a picture at size x size, uint8 [3, size, size]; what is transparent becomes white."""
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+    if picture.mode.startswith("I"):  # 16 bits
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+def decode(run, found):
+    """The pictures that `find_images` found, uint8 [N, 3, H, W], and their classes, int64 [N]."""
+    if len(found) < 500:
+        print(f"{len(found)} pictures are few: expect a generator that repeats them")
+    paths, y = zip(*found)
+    images, damaged = torch.empty(len(paths), *run.shape, dtype=torch.uint8), []
+    report = progress("decode", 0, len(paths), unit="images")
+
+    def put(i):
+        try:
+            images[i] = square(paths[i], run.shape[-1])
+        except Exception:  # a damaged file raises anything
+            damaged.append(str(paths[i]))
+
+    with ThreadPoolExecutor() as pool:
+        for done, _ in enumerate(pool.map(put, range(len(paths))), start=1):
+            report(done)
+    if damaged:
+        raise Fault(f"cannot read these pictures; replace or remove them: {', '.join(sorted(damaged))}")
+    return images, torch.tensor(y)
+
 def read_images(run, data_dir=None):
     """All training images, uint8 [N, C, H, W], and their classes, int64 [N]; 0 if there are none."""
     if run.dataset == "digits":
         return load_digits()
-    if run.dataset != "cifar10":
-        return decode_folder(run, data_dir)
+    found = find_images(run, data_dir)
+    if found:
+        return decode(run, found)
     folder = data_dir or "data/cifar10"
     dataset = import_package("torchvision.datasets").CIFAR10  # checks the archive's MD5 sum
     with trying(f"use or download {dataset.url} (or put it into {folder})", "no network, or damaged"):
         images = torch.from_numpy(dataset(folder, train=True, download=True).data)  # (N, H, W, C)
     return images.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.int64)
 
-def find_images(run, data_dir):
-    """The images in a folder and in those inside it: a list of (path, class)."""
-    folder = Path(data_dir or f"data/{run.dataset}")
-    files_of = import_package("torchvision.datasets.folder")
-    without = "there are no folders of images, one for each class" if run.label_dim else "there are none"
-    with trying(f"find images in {folder} (--data-dir names another folder)", without):
-        # ImageNet comes as a folder for each class; "" is the folder itself, with all that are in it.
-        classes = files_of.find_classes(folder)[1] if run.label_dim else {"": 0}
-        found = files_of.make_dataset(folder, classes, files_of.IMG_EXTENSIONS)
-    if run.label_dim not in (0, len(classes)):
-        raise Fault(f"{folder} holds {len(classes)} folders; {run.dataset} has {run.label_dim} classes")
-    return found
-
-def decode_folder(run, data_dir):
-    """The images in a folder and in those inside it, scaled and cropped to squares, and their classes."""
-    paths, y = zip(*find_images(run, data_dir))
-    load = import_package("torchvision.datasets.folder").default_loader
-    transforms = import_package("torchvision.transforms")
-    resize = transforms.Resize(run.shape[-1], transforms.InterpolationMode.BOX)
-    square = transforms.Compose([resize, transforms.CenterCrop(run.shape[-1]), transforms.PILToTensor()])
-
-    def decode(path):
-        with trying(f"read the image {path}", "it is damaged; replace or remove it"):
-            return square(load(path))
-
-    images = torch.empty(len(paths), *run.shape, dtype=torch.uint8)
-    report = progress("decode", 0, len(paths), unit="images")
-    with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(decode, paths)):
-            images[i] = image
-            report(i + 1)
-    return images, torch.tensor(y)
-
 def load_images(run, data_dir=None):
-    """All training images and their classes, as `read_images`; what it read is kept in train/images.pt."""
-    path = run.folder / "train/images.pt"
+    """All training images and their classes, as `read_images`; what it read is kept in train/images-*.pt."""
+    # The file's name is a digest of the pictures' names and sizes: other pictures are read anew.
+    facts = [(path.name, path.stat().st_size) for path, _ in find_images(run, data_dir)]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    path = run.folder / f"train/images-{digest}.pt"
     if RANK == 0 and not path.exists():
         save_file(path, partial(torch.save, read_images(run, data_dir)))
     barrier()
@@ -732,13 +774,13 @@ def import_package(name):
         return importlib.import_module(name)
 
 # ---- 6. Stages: each is a function of the run and of its settings, and its folder remembers them -----------
-def train(run, seed, data_dir, **schedule):
+def train(run, seed, data_dir, mirror, **schedule):
     """Stage 1: the teacher, a rectified flow on independent noise z and data x."""
     schedule, stored = Schedule(**schedule), load_images(run, data_dir)
 
     def loss(flow, step):
         data, y = draw_batch(run, schedule.batch, stored)
-        if run.mirror:  # each image by its own coin
+        if mirror:  # each image by its own coin
             coins = torch.rand(len(data), 1, 1, 1, device=data.device)
             data = torch.where(coins < 0.5, data.flip(-1), data)
         return rectified_flow_loss(flow, torch.randn_like(data), data, y)
@@ -750,13 +792,13 @@ def make_pairs(run, seed, pairs, teacher):
     flow = load_network(teacher or run.folder / "train/ckpt.pt", run.device)
     write_pairs(run, "pairs", flow, pairs, seed)
 
-def reflow(run, seed, student, anneal, anneal_schedule, anneal_steps, **schedule):
+def reflow(run, seed, student, mirror, anneal, anneal_schedule, anneal_steps, **schedule):
     """Stage 3: annealing reflow, from random weights to a small 2-rectified flow."""
     schedule, stored = Schedule(**schedule), load_pairs(run, "pairs")
 
     def loss(flow, step):
         noise, data, y = draw_batch(run, schedule.batch, stored)
-        if run.mirror and torch.rand(()) < 0.5:  # noise and image together, one coin a batch
+        if mirror and torch.rand(()) < 0.5:  # noise and image together, one coin a batch
             noise, data = noise.flip(-1), data.flip(-1)
         beta = anneal_beta(step, anneal * anneal_steps, anneal_schedule)
         return rectified_flow_loss(flow, annealed_noise(noise, beta), data, y)
@@ -815,8 +857,7 @@ def run_stage(run, stage, fresh=False, **given):
         return False
     for source in sources(stage, settings):
         run_stage(run, source)
-    decoded = not fresh and (run.folder / "train/images.pt").exists()
-    if stage == "train" and not decoded and run.dataset not in ("digits", "cifar10"):
+    if stage == "train":
         find_images(run, settings["data_dir"])  # where there are none, nothing is renamed
     barrier()  # all processes have read what is there
     if RANK == 0:
@@ -852,13 +893,15 @@ def run_all(run, given, fresh=False):
         given = given | dict(naive=given["distill"] | naive)
     for stage in given:  # what does not fit is refused before anything runs
         settle(run, stage, given[stage], fresh)
+    # The teacher is trained by run_stage("pairs"), if they need one, and then with these settings.
+    run = replace(run, settings=run.settings | dict(train=run.settings["train"] | given["train"]))
     if run.dataset != "digits" and WORLD == 1:
-        inception_features(run.device)
+        inception_features(run)
     if fresh and RANK == 0:
         set_aside(run, STAGES)
     barrier()
     for stage in given:
-        if stage != "train":  # the teacher is trained if pairs need it
+        if stage != "train":
             run_stage(run, stage, **given[stage])
     if WORLD == 1:
         evaluate(run)
@@ -974,24 +1017,41 @@ DIGITS = dict(resolution=8, channels=1, channel_mult=(1, 2), num_blocks=1, attn_
               time_scale=16.0)  # with 999 the velocity oscillates in t, and solvers take 3 times as long
 SHORT = dict(batch=64, decay=0.6, ema=0.998)
 digits = Run(  # all numbers are ours
-    dataset="digits", shape=(1, 8, 8), mirror=False, n=5_000, precise=dict(solver="adams", steps=12),
+    dataset="digits", shape=(1, 8, 8), n=5_000, precise=dict(solver="adams", steps=12),
     networks={"teacher": DIGITS | dict(model_channels=32), "0.19M": DIGITS | dict(model_channels=16)},
     settings=dict(
-        train=SHORT | dict(steps=1_200, lr=2e-3, warmup=100),
+        train=SHORT | dict(mirror=False, steps=1_200, lr=2e-3, warmup=100),
         pairs=dict(pairs=1_500, teacher=None),
-        reflow=SHORT | dict(student="0.19M", anneal=0.2, anneal_schedule="linear",
+        reflow=SHORT | dict(student="0.19M", mirror=False, anneal=0.2, anneal_schedule="linear",
                             steps=1_100, lr=4e-3, warmup=100),
         distill=SHORT | dict(guidance=1.0, distance="huber", own_pairs=0, steps=800, lr=2e-3, warmup=0),
     ),
 )
+
+def pictures(size):
+    """Your own pictures, scaled to size x size; small networks and few steps, for two CPU cores."""
+    network = DIGITS | dict(resolution=size, channels=3, channel_mult=(1, 2) + (2,) * (size // 32),
+                            attn_resolutions=(8,))
+    return Run(
+        dataset=f"pictures{size}", shape=(3, size, size), n=2_000, precise=dict(solver="adams", steps=18),
+        networks={"teacher": network | dict(model_channels=32), "small": network | dict(model_channels=16)},
+        settings=dict(
+            train=SHORT | dict(mirror=False, steps=4_000, lr=2e-3, warmup=100),
+            pairs=dict(pairs=3_000, teacher=None),
+            reflow=SHORT | dict(student="small", mirror=False, anneal=0.3, anneal_schedule="linear",
+                                steps=5_000, lr=4e-3, warmup=100),
+            distill=SHORT | dict(guidance=1.0, distance="huber", own_pairs=0, steps=1_000, lr=1e-3, warmup=0),
+        ),
+    )
+
 AUTHORS = vars(Schedule())
 cifar10 = Run(  # all numbers are the authors', but where another source is named
     dataset="cifar10", shape=(3, 32, 32), n=50_000,  # FID's convention
     precise=dict(solver="rk45", rtol=1e-5, atol=1e-5), networks=ddpmpp_networks(32),
     settings=dict(
-        train=AUTHORS,  # the number of steps is ours
+        train=AUTHORS | dict(mirror=True),  # the number of steps is ours
         pairs=dict(pairs=50_000, teacher=None),  # with EDM's network 100,000
-        reflow=AUTHORS | dict(student="15.7M", anneal=0.375, anneal_schedule="linear"),
+        reflow=AUTHORS | dict(student="15.7M", mirror=True, anneal=0.375, anneal_schedule="linear"),
         distill=AUTHORS | dict(guidance=1.0, distance="lpips", own_pairs=500_000, steps=400_000, warmup=0),
     ),
 )
@@ -1008,10 +1068,11 @@ imagenet64 = replace(
         reflow=cifar10.settings["reflow"] | dict(student="80.7M"),
     ),
 )
-PRESETS = {preset.dataset: preset for preset in (digits, cifar10, ffhq64, imagenet64)}
+PRESETS = dict(digits=digits, pictures=pictures(16), cifar10=cifar10, ffhq64=ffhq64, imagenet64=imagenet64)
 
 FLAGS = dict(  # how argparse reads each, and its help
-    dataset=dict(choices=PRESETS, help="preset [digits]"),
+    dataset=dict(choices=PRESETS, help="preset [digits]; pictures: your own, in --data-dir"),
+    size=dict(type=int, choices=(16, 32, 64), help="of --dataset pictures: height and width [16]"),
     out=dict(help="folder of <dataset>/<stage>/ [runs]"),
     device=dict(choices=DEVICES, help=f"[{DEVICES[-1]}]"),
     fresh=dict(action="store_true", help="start over (all: everything); what is there is renamed"),
@@ -1023,6 +1084,7 @@ FLAGS = dict(  # how argparse reads each, and its help
     pairs=dict(type=int, help="number of pairs (noise, image) to make"),
     teacher=dict(type=os.path.realpath, help="EDM's .pkl, the authors' .pth or a ckpt.pt, in place of train"),
     student=dict(help="size of the student"),
+    mirror=dict(action=argparse.BooleanOptionalAction, help="show the images mirrored too"),
     anneal=dict(type=float, help="share of the steps until b is 0 (exponential: 1/e); 0: plain reflow"),
     anneal_schedule=dict(choices=SCHEDULES, help="how b falls"),
     guidance=dict(type=float, help="weight of the guidance loss; 0: naive distillation, in its own folder"),
@@ -1034,14 +1096,14 @@ FLAGS = dict(  # how argparse reads each, and its help
     solver=dict(choices=SOLVERS, help="[one Euler step for a student, rk45 for other networks]"),
     npz=dict(help="file for all images: arr_0, uint8 [N, H, W, C]"),
 )
-RUN, TRAINING = ["dataset", "out", "device"], ["steps", "batch", "lr"]
+RUN, TRAINING = ["dataset", "size", "out", "device"], ["steps", "batch", "lr"]
 MAKE = [*RUN, "fresh", "seed", "data_dir"]
 COMMANDS = dict(  # and their flags
-    all=[*MAKE, "pairs", "teacher", "student", "anneal", "anneal_schedule", "guidance", "distance",
+    all=[*MAKE, "mirror", "pairs", "teacher", "student", "anneal", "anneal_schedule", "guidance", "distance",
          "own_pairs"],
-    train=[*MAKE, *TRAINING],
+    train=[*MAKE, "mirror", *TRAINING],
     pairs=[*MAKE, "pairs", "teacher"],
-    reflow=[*MAKE, "student", "anneal", "anneal_schedule", *TRAINING],
+    reflow=[*MAKE, "student", "mirror", "anneal", "anneal_schedule", *TRAINING],
     distill=[*MAKE, "guidance", "distance", "own_pairs", *TRAINING],
     eval=[*RUN, "data_dir", "n", "ref"],
     sample=[*RUN, "seed", "ckpt", "n", "solver", "steps", "npz"],
@@ -1073,27 +1135,32 @@ def parse(argv):
         whose = f"it is for {', '.join(takers)}" if takers else f"see `{parser.prog} --help`"
         raise Fault(f"{command} takes no {word}; {whose}")
     for name, value in vars(given).items():
-        least = 0 if name in ("seed", "lr", "anneal", "guidance", "own_pairs") else 1
+        least = 0 if name in ("seed", "lr", "mirror", "anneal", "guidance", "own_pairs") else 1
         if isinstance(value, (int, float)) and not least <= value <= 1e9:
             raise Fault(f"{flag(name)} {value} is not a number from {least} to 10^9")
     return command, vars(given)
 
 def help_text(command, name):
     """The help of a flag, with the presets' values."""
-    values = [f"{preset.dataset} {settings[name]}"
-              for preset in PRESETS.values() for stage, settings in preset.settings.items()
+    values = [f"{dataset} {settings[name]}"
+              for dataset, preset in PRESETS.items() for stage, settings in preset.settings.items()
               if command in (stage, "all") and settings.get(name) is not None]
     return f"{FLAGS[name]['help']} [{', '.join(values)}]" if values else FLAGS[name]["help"]
 
 def run_command(command, given):
     """Do what a command line asks for."""
     fresh = given.pop("fresh", False)
-    fields = {name: given[name] for name in ("dataset", "out", "device", "seed", "data_dir") if name in given}
-    run = replace(PRESETS[given.get("dataset", "digits")], **fields)
+    dataset = given.get("dataset", "digits")
+    if "size" in given and dataset != "pictures":
+        raise Fault("--size is for --dataset pictures")
+    preset = pictures(given["size"]) if "size" in given else PRESETS[dataset]
+    fields = {name: given[name] for name in ("out", "device", "seed", "data_dir") if name in given}
+    run = replace(preset, **fields)
     if run.dataset == "digits" and ("data_dir" in given or "ref" in given):
         raise Fault("--data-dir and --ref are not for the digits; name a data set with --dataset")
     if command == "sample":
-        return sample_images(run, **{name: given[name] for name in given if name not in fields})
+        names = "ckpt", "n", "solver", "steps", "npz"
+        return sample_images(run, **{name: given[name] for name in names if name in given})
     if command == "eval":
         return evaluate(run, given.get("n"), given.get("ref"))
 
@@ -1174,12 +1241,21 @@ def digit_features(run, images, y, seed=0):
 
 BY_HAND = f"(or put it into {torch.hub.get_dir()}/checkpoints)"
 
-def inception_features(device):
-    """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity."""
-    package = import_package("torch_fidelity.feature_extractor_inceptionv3")
-    with trying(f"use or download {package.URL_INCEPTION_V3} {BY_HAND}", "it is damaged"):
-        net = package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
-    return torch.no_grad()(lambda pictures: net(pictures)[0])
+def inception_features(run):
+    """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity.
+
+    Your own pictures do without: None if the package or its weights are missing.
+    """
+    try:
+        package = import_package("torch_fidelity.feature_extractor_inceptionv3")
+        with trying(f"use or download {package.URL_INCEPTION_V3} {BY_HAND}", "it is damaged"):
+            net = package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(run.device).eval()
+    except Fault as fault:
+        if not run.dataset.startswith("pictures"):
+            raise
+        print(f"the table will have no FID: {fault}")
+        return None
+    return torch.no_grad()(lambda images: net(images)[0])
 
 @cache
 def lpips_network(device):
@@ -1207,13 +1283,15 @@ def measure_floor(real, n):
     return between * (1 / n + 1 / len(real)) / (1 / len(a) + 1 / len(b))
 
 def reference(run, ref=None):
-    """Features of images as a function, the moments of the real ones, and (of the digits) the floor."""
+    """Features of images as a function, the moments of the real ones, and the digits' floor; or None."""
     if run.dataset == "digits":
         images, y = load_digits()  # half of them train the classifier, and the rest are compared with
         features = digit_features(run, images[::2], y[::2])
         real = features(images[1::2].to(run.device))
         return features, moments([real]), measure_floor(real, run.n)
-    features = inception_features(run.device)
+    features = inception_features(run)
+    if features is None:
+        return None, None, None
     if ref is None:
         data_dir = run.data_dir or remembered(run, "train").get("data_dir")
         batches = read_images(run, data_dir)[0].split(SAMPLE_BATCH)
@@ -1243,30 +1321,40 @@ def networks(run):
         raise Fault(f"{run.folder} holds no network; train {run.dataset} first, or name its --out")
     return found
 
+def images_of(run, flow, solver):
+    """run.n images of a network, uint8, batch by batch; pairs, where they are enough, are the teacher's."""
+    if solver == ONE_STEP or count_pairs(run, "pairs") < run.n:
+        return generate(flow, *fixed_noise(run, run.n, seed=4321), solver)
+    stored = load_pairs(run, "pairs")[1][: run.n]
+    return (to_uint8(x.float()) for x in stored.split(SAMPLE_BATCH))
+
 def evaluate(run, n=None, ref=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
     run = replace(run, n=n or run.n)
     rows = networks(run)
     features, real, floor = reference(run, ref)
     metric = "Frechet" if run.dataset == "digits" else "FID"
-    noise, y = fixed_noise(run, run.n, seed=4321)
     few, few_y = fixed_noise(run, 12)
-    table, pictures, labels = [("row", "parameters", "MACs", "evaluations", metric)], [], []
+    table = [("row", "parameters", "MACs", "evaluations", metric if features else "")]
+    pictures, labels = [], []
     for name, flow, solver in rows:
-        images = generate(flow, noise, y, solver)
-        if solver != ONE_STEP and count_pairs(run, "pairs") >= run.n:  # the stored pairs are such images
-            images = (to_uint8(x.float()) for x in load_pairs(run, "pairs")[1][: run.n].split(SAMPLE_BATCH))
-        distance = frechet_distance(*moments(features(x.to(run.device)) for x in images), *real)
+        cell, label = "", name
+        if features:
+            made = moments(features(x.to(run.device)) for x in images_of(run, flow, solver))
+            distance = frechet_distance(*made, *real)
+            cell, label = f"{distance:.2f}", f"{name}\n{metric} {distance:,.0f}"
         picture, evaluations = sample(flow, few, y=few_y, **solver)
         macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
-        table.append((name, f"{count_parameters(flow):,}", macs, evaluations, f"{distance:.2f}"))
+        table.append((name, f"{count_parameters(flow):,}", macs, evaluations, cell))
         pictures.append(picture)
-        labels.append(f"{name}\n{metric} {distance:,.0f}")
+        labels.append(label)
     if floor is not None:
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
     save_pictures(run.folder / "summary.png", torch.cat(pictures), 12, labels)
-    print(f"distances of {run.n:,} images (those of other numbers differ); see {run.folder / 'summary.png'}")
+    if features:
+        print(f"distances of {run.n:,} images; those of other numbers differ")
+    print(f"the same noise through each: {run.folder / 'summary.png'}")
 
 def print_table(rows):
     """Rows of cells in aligned columns, the first to the left, the others to the right."""

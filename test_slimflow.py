@@ -38,12 +38,13 @@ HERE = Path(__file__).parent
 NETWORK = dict(resolution=8, channels=1, model_channels=8, channel_mult=(1,), num_blocks=1)
 NETWORK |= dict(attn_resolutions=(), dropout=0.1, time_scale=16.0)
 PLAN = dict(steps=12, batch=8, lr=2e-3, warmup=4, decay=0.5, ema=0.9)
+TRAIN = PLAN | dict(mirror=False)
 
 def tiny(out, stages=None, **changes):
     """The digits' run with tiny networks and schedules, under a folder; `stages` has other settings."""
     settings = dict(
-        train=PLAN, pairs=dict(pairs=40, teacher=None),
-        reflow=PLAN | dict(student="small", anneal=0.5, anneal_schedule="linear"),
+        train=TRAIN, pairs=dict(pairs=40, teacher=None),
+        reflow=TRAIN | dict(student="small", anneal=0.5, anneal_schedule="linear"),
         distill=PLAN | dict(guidance=1.0, distance="huber", own_pairs=0),
     )
     for stage, other in (stages or {}).items():
@@ -312,21 +313,17 @@ def test_learning_rate_clipping_average_and_log_follow_their_rules(tmp_path):
     assert log[:, 0].tolist() == [1, 10, 30] and log[:, 2] == pytest.approx([1, 6, 5.5], rel=0.1)
     assert log[:, 1] == pytest.approx([losses[0], np.mean(losses[1:10]), np.mean(losses[10:30])], rel=1e-4)
 
-def training(folder, steps=60, bad=None):
-    """A training of a small network on random numbers; its loss is not finite at the step `bad`."""
-    def loss(net, step):
-        z = torch.randn(4, 1, 8, 8)
-        return sf.rectified_flow_loss(net, z, z.flip(0)) * (math.nan if step == bad else 1)
-    torch.manual_seed(5)
-    schedule = sf.Schedule(steps=steps, batch=4, lr=1e-3, warmup=0, ema=0.9)
-    picture = lambda ema: torch.zeros(1, 1, 8, 8)  # noqa: E731
-    return sf.fit(sf.UNet(**NETWORK), loss, schedule, 0, "reflow", folder, picture)
-
 def test_bad_numbers_stop_the_training_and_keep_the_last_checkpoint(tmp_path):
-    training(tmp_path, steps=20)
+    def train(steps, bad=None):
+        def loss(net, step):
+            out = net(torch.randn(4, 1, 8, 8), torch.rand(4))
+            return out.square().mean() * (math.nan if step == bad else 1)
+        schedule = sf.Schedule(steps=steps, batch=4, lr=1e-3, warmup=0, ema=0.9)
+        sf.fit(sf.UNet(**NETWORK), loss, schedule, 0, "reflow", tmp_path)
+    train(20)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(sf.Fault, match=r"reflow.* not finite after step 50.*--lr"):
-        training(tmp_path, bad=53)
+        train(60, bad=53)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -366,23 +363,50 @@ def little(folder, dataset, classes, **changes):
     changes |= dict(dataset=dataset, shape=(3, 8, 8), label_dim=classes, data_dir=str(folder))
     return tiny(folder.parent, **changes)
 
-@pytest.mark.parametrize("dataset, classes", [("imagenet64", 2), ("ffhq64", 0)])
-def test_images_come_from_a_folder_and_are_decoded_once(folder, dataset, classes):
+@pytest.mark.parametrize("dataset, classes", [("imagenet64", 2), ("ffhq64", 0), ("cifar10", 0)])
+def test_images_come_from_a_folder_and_are_decoded_once(folder, dataset, classes, monkeypatch, capsys):
     folder, pictures = folder
     run = little(folder, dataset, classes)
+    (folder / "a/.hidden").mkdir()
+    (folder / "a/.hidden/x.png").write_bytes(b"")
+    (folder / "a/loop").symlink_to(folder)
     images, y = sf.load_images(run, folder)
     assert images.dtype == torch.uint8 and (images.numpy() == pictures).all()
     assert y.tolist() == ([0, 0, 0, 1, 1] if classes else [0] * 5)
-    shutil.rmtree(folder)
+    out = capsys.readouterr().out
+    assert out.count("left out: 1 files") == 1 and "5 pictures are few" in out
+    monkeypatch.setattr(sf, "square", lambda *args: pytest.fail("decoded again"))
     assert torch.equal(sf.load_images(run, folder)[0], images)
+
+def test_pictures_of_every_kind_look_as_in_a_viewer(tmp_path):
+    looks = np.full((8, 8, 3), 255, np.uint8)
+    looks[:, :4] = 200, 40, 90  # the right half is white
+    rgb, exif, clear = Image.fromarray(looks), Image.Exif(), Image.new("RGBA", (8, 8), (1, 2, 3, 0))
+    exif[0x0112] = 6  # a viewer turns it by 90 degrees, clockwise
+    rgb.rotate(90).save(tmp_path / "turned.png", exif=exif)
+    clear.paste(rgb.crop((0, 0, 4, 8)))
+    clear.save(tmp_path / "transparent.png")
+    rgb.quantize(4).save(tmp_path / "palette.gif")
+    rgb.convert("CMYK").save(tmp_path / "print.tiff")
+    rgb.resize((800, 1600), Image.Resampling.NEAREST).save(tmp_path / f"{'long ' * 40}\n.WEBP", lossless=True)
+    for path in tmp_path.iterdir():
+        assert np.abs(sf.square(path, 8).numpy().transpose(1, 2, 0) - looks.astype(int)).max() < 4, path
+    Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16)).save(tmp_path / "deep.png")
+    rgb.convert("L").save(tmp_path / "grey.bmp")
+    assert sf.square(tmp_path / "deep.png", 4).unique().tolist() == [127]
+    assert sf.square(tmp_path / "grey.bmp", 8)[:, 0, 0].tolist() == [rgb.convert("L").getpixel((0, 0))] * 3
 
 def test_folders_that_do_not_fit_and_damaged_images_are_named(folder):
     folder, _ = folder
-    with pytest.raises(sf.Fault, match=r"images holds 2 folders; .* 3 classes"):
+    with pytest.raises(sf.Fault, match=r"images holds 2 folders, .* 3 classes"):
         sf.load_images(little(folder, "imagenet64", 3), folder)
-    (folder / "b/3.png").write_bytes((folder / "b/3.png").read_bytes()[:100])
+    (folder / "c").mkdir()
+    with pytest.raises(sf.Fault, match=r"no pictures in \S+/c; "):
+        sf.load_images(little(folder, "imagenet64", 3), folder)
+    for name in ("a/2.png", "b/3.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:100])
     run = little(folder, "ffhq64", 0)
-    with pytest.raises(sf.Fault, match=r"b/3\.png"):
+    with pytest.raises(sf.Fault, match=r"a/2\.png, .*b/3\.png"):
         sf.load_images(run, folder)
     assert not list(run.folder.glob("*/*"))
 
@@ -397,7 +421,24 @@ def test_other_images_start_over_and_are_not_mixed_with_the_first(folder, monkey
     assert not list(run.folder.glob("*.1"))
     assert f"--data-dir {folder}; give the same" in refused(f"train --dataset ffhq64 --data-dir {folder}/a")
     ran(f"train --dataset ffhq64 --data-dir {folder}/a --fresh")
-    assert (sf.load_images(run)[0].numpy() == pictures[:3]).all()
+    assert (sf.load_images(run, folder / "a")[0].numpy() == pictures[:3]).all()
+    (folder / "a/0.png").unlink()
+    sf.list_pictures.cache_clear()
+    assert (sf.load_images(run, folder / "a")[0].numpy() == pictures[1:3]).all()
+
+def test_your_own_pictures_need_only_a_folder(folder, ran, refused, monkeypatch):
+    folder, _ = folder
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    preset = sf.pictures(32)
+    small = tiny("runs", dataset="pictures32", shape=(3, 32, 32), networks=preset.networks,
+                 stages={stage: dict(steps=2) for stage in ("train", "reflow", "distill")})
+    monkeypatch.setattr(sf, "pictures", lambda size: small)
+    assert "--size is for --dataset pictures" in refused("--size 32")
+    out = ran(f"--dataset pictures --size 32 --data-dir {folder} --mirror")
+    assert out.count("no FID: this needs the package torch-fidelity: pip install") == 2
+    assert re.search(r"guided, 1 step +[\d,]+ +[\d.]+M +1 *$", out, re.MULTILINE)
+    assert all(sf.remembered(small, stage)["mirror"] for stage in ("train", "reflow"))
+    assert Path("runs/pictures32/summary.png").exists()
 
 def test_cifar10_comes_by_torchvision_or_says_which_file_goes_where(tmp_path, monkeypatch, refused):
     cifar = sf.import_package("torchvision.datasets").CIFAR10
@@ -490,28 +531,23 @@ def test_interrupted_pairs_go_on_where_they_stopped_and_more_are_added(copied, m
     assert len(calls) == 3 + 2 + 3 and (rows_of(copied) == expected).all()
     path = copied.folder / "pairs/pairs.bin"
     path.write_bytes(path.read_bytes()[: -5 * expected.itemsize - 7])  # as a kill or a full disk leaves it
-    assert sf.count_done(copied, "pairs") == 49
     sf.run_stage(copied, "pairs")
     assert (rows_of(copied) == expected).all()
-    path.write_bytes(b"")
-    with pytest.raises(sf.Fault, match=r"cannot read .*pairs\.bin"):
-        sf.load_pairs(copied, "pairs")
 
-def test_train_mirrors_each_image_by_its_own_coin_and_reflow_the_whole_batch(copied, tmp_path):
-    mirrored = replace(copied, mirror=True)
+def test_train_mirrors_each_image_by_its_own_coin_and_reflow_the_whole_batch(copied):
     images = sf.to_float(sf.load_digits()[0]).numpy()
-    rows = [place(data, images) for _, _, data, _ in batches(mirrored, "train", "rectified_flow_loss")]
-    flipped = [row.count(-1) for row in rows]
+    passed = batches(copied, "train", "rectified_flow_loss", mirror=True)
+    flipped = [place(data, images).count(-1) for _, _, data, _ in passed]
     assert 100 < sum(flipped) < 220 and np.std(flipped) > 0 and max(flipped) < 8  # of 320
     for _, _, data, _ in batches(copied, "train", "rectified_flow_loss"):
         assert min(place(data, images)) >= 0
     stored, coins = rows_of(copied), []
-    for _, noise, data, _ in batches(mirrored, "reflow", "rectified_flow_loss", anneal=0.0):
+    for _, noise, data, _ in batches(copied, "reflow", "rectified_flow_loss", anneal=0.0, mirror=True):
         coins.append(min(place(noise, stored["noise"])) < 0)
         noise, data = (x.flip(-1) if coins[-1] else x for x in (noise, data))
         assert (data.numpy() == stored["data"][place(noise, stored["noise"])]).all()  # z and x alike
     assert 10 < sum(coins) < 30
-    for args in batches(mirrored, "distill", "distillation_loss"):
+    for args in batches(copied, "distill", "distillation_loss"):
         assert min(place(args[1], stored["noise"])) >= 0
 
 def test_reflow_starts_on_random_pairs_and_ends_on_the_stored_ones(whole):
@@ -524,7 +560,7 @@ def test_reflow_starts_on_random_pairs_and_ends_on_the_stored_ones(whole):
     ((z, beta),) = batches(whole, "reflow", "annealed_noise", 1)
     assert beta == 1 and abs((z * passed[0][1]).mean()) < 0.2  # nothing of z is left
 
-def test_distill_starts_from_the_2_flow_which_guides_it_on_fresh_noise(whole):
+def test_distill_starts_from_the_2_flow_which_guides_it_on_fresh_noise_by_a_weight(whole):
     flow, stored = sf.load_flow(whole.folder / "reflow/ckpt.pt"), rows_of(whole)
     net, _ = handed_to_fit(whole, "distill")
     assert all(torch.equal(p, q) and p.requires_grad for p, q in zip(net.parameters(), flow.parameters()))
@@ -535,15 +571,12 @@ def test_distill_starts_from_the_2_flow_which_guides_it_on_fresh_noise(whole):
     noises = torch.cat([args[2] for args in seen])
     assert noises.shape == (40, 1, 8, 8) and max(place(noises, stored["noise"])) == -1
     assert len(noises.flatten(1).unique(dim=0)) == 40 and abs(noises.std() - 1) < 0.1
-
-def test_guidance_is_added_with_its_weight(whole):
     losses = []
     for weight in (0.0, 1.0, 3.0):
         net, loss = handed_to_fit(whole, "distill", guidance=weight)
         torch.manual_seed(0)
         losses.append(loss(net.eval(), 0).item())
-    naive, guided, more = losses
-    assert guided > naive and more - naive == pytest.approx(3 * (guided - naive))
+    assert losses[1] > losses[0] and losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]))
 
 def passes(loss, *nets):
     """Forward passes that a step of training costs; a backward pass counts as two."""
@@ -560,7 +593,7 @@ def test_naive_and_guided_students_of_all_are_trained_at_equal_cost(copied, monk
                          for stage, weight in (("naive", 0.0), ("distill", 1.0)))
     monkeypatch.setattr(sf, "evaluate", lambda run: None)
     for steps in (12, 15):  # a longer distill makes naive longer
-        sf.run_all(copied, dict(distill=dict(steps=steps)))
+        sf.run_all(copied, dict(train={}, distill=dict(steps=steps)))
         assert sf.count_done(copied, "distill") * guided == 7 * steps
         assert sf.count_done(copied, "naive") * naive == 7 * steps
 
@@ -589,9 +622,9 @@ def test_pairs_are_the_teachers_also_with_classes(tmp_path):
 
 def test_what_is_not_given_is_remembered_and_else_the_presets(ran, refused):
     ran("train --lr 0.01 --seed 3")
-    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, data_dir=None)
+    assert sf.remembered(tiny("runs"), "train") == dict(TRAIN, lr=0.01, seed=3, data_dir=None)
     ran("train --steps 20")
-    assert sf.remembered(tiny("runs"), "train") == dict(PLAN, lr=0.01, seed=3, steps=20, data_dir=None)
+    assert sf.remembered(tiny("runs"), "train") == dict(TRAIN, lr=0.01, seed=3, steps=20, data_dir=None)
     ran("pairs")
     for name, anneal in (("load_pairs", 0.7), ("save_pictures", 0.25)):  # before and after the first step
         with mock.patch.object(sf, name, side_effect=KeyboardInterrupt):
@@ -634,8 +667,6 @@ def test_fresh_renames_the_stage_and_those_made_from_it(copied, ran, refused):
     assert (copied.folder / "reflow.2").exists() and sf.remembered(copied, "reflow")["seed"] == 0
     torch.save(dict(step=12), copied.folder / "reflow/ckpt.pt")  # of another edition
     assert "start over with --fresh" in refused(f"reflow --out {copied.out}")
-    (copied.folder / "reflow/settings.json").write_text('{"steps": 12}')
-    assert "another edition" in refused(f"reflow --out {copied.out}")
     (copied.folder / "reflow/settings.json").unlink()
     assert "start over with reflow --fresh" in refused(f"reflow --out {copied.out}")
 
@@ -779,10 +810,12 @@ def test_presets_are_the_papers():
         preset = sf.PRESETS[name]
         authors = dict(batch=128, lr=2e-4, warmup=5_000, decay=0.0, ema=0.999999)
         reflow = dict(student=list(preset.networks)[1 if name == "imagenet64" else 2], steps=800_000)
-        assert preset.settings["reflow"] == authors | reflow | dict(anneal=0.375, anneal_schedule="linear")
+        reflow |= dict(anneal=0.375, anneal_schedule="linear", mirror=True)
+        assert preset.settings["reflow"] == authors | reflow
         distill = dict(steps=400_000, warmup=0, guidance=1, distance="lpips", own_pairs=500_000)
         assert preset.settings["distill"] == authors | distill
-        assert preset.mirror and preset.precise == dict(solver="rk45", rtol=1e-5, atol=1e-5)
+        assert preset.settings["train"] == authors | dict(steps=800_000, mirror=True)
+        assert preset.precise == dict(solver="rk45", rtol=1e-5, atol=1e-5)
         assert preset.settings["pairs"]["pairs"] == (400_000 if name == "imagenet64" else 50_000)
 
 def test_sample_writes_a_picture_and_an_array(whole, ran, refused):
@@ -805,18 +838,13 @@ def test_sample_writes_a_picture_and_an_array(whole, ran, refused):
 MISTAKES = """
 dance | there is no command dance; choose from all, train
 train --steps 0 | --steps 0 is not a number from 1 to 10^9
-train --lr nan | --lr nan
-train --guidance 1 | it is for all, distill
 all --steps 5 | it is for train, reflow, distill, sample
 train --out a_file | a_file
 train --data-dir empty | not for the digits; name a data set with --dataset
-eval --ref foreign.pt | not for the digits
-train --dataset ffhq64 --data-dir nowhere | nowhere (--data-dir names
-train --dataset imagenet64 --data-dir empty | no folders of images
-pairs --teacher a_file | a_file as
+train --dataset ffhq64 --data-dir nowhere | nowhere; --data-dir names
+train --dataset imagenet64 --data-dir empty | holds 0 folders
 reflow --dataset cifar10 --student 0.19M | choose from 27.9M, 15.7M
 sample | runs/digits/distill/ckpt.pt
-sample --ckpt foreign.pt | cannot read foreign.pt
 sample --ckpt good.pt --steps 5 | rk45 chooses its own steps
 sample --ckpt good.pt --n 2 --npz a_file/x.npz | a_file
 eval | holds no network
@@ -827,7 +855,6 @@ def test_mistakes_get_one_line(row, ran, refused, whole):
     line, expected = row.split(" | ")
     Path("a_file").write_text("a file")
     Path("empty").mkdir()
-    torch.save({}, "foreign.pt")
     shutil.copy(whole.folder / "train/ckpt.pt", "good.pt")
     assert expected in refused(line)
     assert Path("a_file").read_text() == "a file" and not list(Path().glob("runs/digits/*/*"))
@@ -838,9 +865,9 @@ def test_help_of_a_command_has_its_flags_and_the_presets_values(capsys):
             sf.main(line.split())
         return " ".join(capsys.readouterr().out.split())
     out = shown("distill --help")
-    assert "--guidance" in out and "--student" not in out and "[digits 800, cifar10 400000," in out
+    assert "--guidance" in out and "--student" not in out and "[digits 800, pictures 1000," in out
     out = shown("--help")
-    assert all(f" {command} " in out for command in sf.COMMANDS) and "[digits 1500, cifar10 50000," in out
+    assert all(f" {command} " in out for command in sf.COMMANDS) and "[digits 1500, pictures 3000," in out
 
 # ---- 8. Evaluation -----------------------------------------------------------------------------------------
 def test_frechet_distance_is_the_recorded_one_and_the_closed_form_of_singular_covariances():
@@ -871,27 +898,8 @@ def test_missing_packages_are_named_before_anything_is_trained(ran, refused, mon
     assert "pip install torch-fidelity" in refused("all --dataset ffhq64")
     assert not list(tmp_path.glob("*/*/*/*"))
 
-def optional(name):
-    """An optional package, or the test is skipped."""
-    try:
-        return sf.import_package(name)
-    except sf.Fault as fault:
-        pytest.skip(str(fault))
-
-@pytest.mark.parametrize("name, make", [("lpips", sf.lpips_network), (
-    "torch_fidelity.feature_extractor_inceptionv3", sf.inception_features)])
-def test_weights_that_are_a_web_page_are_one_line(name, make, monkeypatch, tmp_path):
-    optional(name)
-    (tmp_path / "checkpoints").mkdir()
-    for file in ("vgg16-397923af.pth", "weights-inception-2015-12-05-6726825d.pth"):
-        (tmp_path / "checkpoints" / file).write_text("<html>")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    sf.lpips_network.cache_clear()
-    with pytest.raises(sf.Fault, match=r"cannot use or download .*\(or put it into .*\): it is damaged"):
-        make("cpu")
-
 def test_lpips_is_the_packages_at_64_pixels(monkeypatch):
-    package, vgg = optional("lpips"), sf.import_package("torchvision.models.vgg")
+    vgg, package = sf.import_package("torchvision.models.vgg"), pytest.importorskip("lpips")
     torch.manual_seed(0)
     features = vgg.make_layers(vgg.cfgs["D"])  # random, so that no test needs a download
     stub = types.SimpleNamespace(vgg16=lambda pretrained: types.SimpleNamespace(features=features))
@@ -906,10 +914,10 @@ def test_lpips_is_the_packages_at_64_pixels(monkeypatch):
     torch.testing.assert_close(d, theirs)
 
 def test_inception_features_are_the_packages(monkeypatch):
-    package = optional("torch_fidelity.feature_extractor_inceptionv3")
+    package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(package, "load_state_dict_from_url", lambda *args, **options: {})
     monkeypatch.setattr(package.FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
-    features = sf.inception_features("cpu")(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+    features = sf.inception_features(tiny("runs"))(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
     assert features.shape == (2, 2048) and features.isfinite().all() and (features[0] != features[1]).any()
 
 def test_table_compares_with_the_training_images_or_with_given_statistics(folder, monkeypatch, capsys):
@@ -923,7 +931,7 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(folder
         assert "FID" in out and "naive is left out" in out
         return [float(re.search(rf"^{name}.* ([-\d.]+)$", out, re.MULTILINE).group(1)) for name in names]
     names = "teacher, precise", "teacher, 1 step", "2-flow, 1 step", "guided, 1 step"
-    monkeypatch.setattr(sf, "inception_features", lambda device: means)
+    monkeypatch.setattr(sf, "inception_features", lambda run: means)
     monkeypatch.setattr(sf, "frechet_distance", lambda mu1, cov1, mu2, cov2: float(mu1[0] - mu2[0]))
     folder, pictures = folder
     networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(channels=3))
@@ -939,9 +947,6 @@ def test_table_compares_with_the_training_images_or_with_given_statistics(folder
     shutil.rmtree(folder / "a")
     given = distances(run, folder / "stats.npz")  # needs no images
     assert given[3] == pytest.approx(own[3] - 10, abs=0.01)
-    np.savez(folder / "stats.npz", mu=np.zeros(64), sigma=np.zeros((64, 64)))
-    with pytest.raises(sf.Fault, match=r"cannot read .*stats\.npz: it is no npz with mu"):
-        sf.evaluate(run, ref=folder / "stats.npz")
 
 def test_the_digits_classifier_sees_neither_side_of_a_distance():
     """It is trained on every other scan; the floor is what new draws of the same distribution get."""
@@ -1059,16 +1064,6 @@ def test_pairs_and_samples_come_from_an_edm_teacher_and_train_is_skipped(edm, ra
     ran(f"sample --ckpt {path} --n 2 --solver adams --steps 3 --npz a.npz")
     assert np.load("a.npz")["arr_0"].shape == (2, 16, 16, 3)
 
-@pytest.mark.parametrize("other", ["VPPrecond", "NCSN++"])
-def test_networks_of_another_kind_are_named(other, nvidia, tmp_path, refused):
-    objects = edm_objects(fill(sf.UNet(**RECORDED["ddpm++"][0])).float())
-    if other == "NCSN++":
-        objects["ema"].state["_modules"]["model"].state["_init_kwargs"]["encoder_type"] = "residual"
-    else:
-        objects["ema"].meta["class_name"] = other
-    (tmp_path / "other.pkl").write_bytes(pickle.dumps(objects))
-    assert other in refused(f"sample --ckpt {tmp_path}/other.pkl")
-
 class Call:
     """Pickles to a call of any function."""
     def __init__(self, function, *args):
@@ -1077,7 +1072,7 @@ class Call:
     def __reduce__(self):
         return self.call
 
-def test_hostile_files_run_nothing_and_get_one_line(nvidia, tmp_path, monkeypatch, refused):
+def test_hostile_and_foreign_files_run_nothing_and_get_one_line(nvidia, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     net, code = fill(sf.UNet(**RECORDED["ddpm++"][0])).float(), "open('pwned', 'w')"
     zipped, good = io.BytesIO(), edm_objects(net)
@@ -1104,6 +1099,12 @@ def test_hostile_files_run_nothing_and_get_one_line(nvidia, tmp_path, monkeypatc
             Path(f"{name}.{suffix}").write_bytes(data)
             assert f"cannot read {name}.{suffix} as" in refused(f"sample --ckpt {name}.{suffix}")
     assert not Path("pwned").exists() and not Path("samples.png").exists()
+    good["ema"].state["_modules"]["model"].state["_init_kwargs"]["encoder_type"] = "residual"
+    Path("good.pkl").write_bytes(pickle.dumps(good))
+    assert "NCSN++" in refused("sample --ckpt good.pkl")
+    good["ema"].meta["class_name"] = "VPPrecond"
+    Path("good.pkl").write_bytes(pickle.dumps(good))
+    assert "VPPrecond" in refused("sample --ckpt good.pkl")
 
 def official(config, x, t):
     """The authors' network written a second time, with random weights: its output, and its tensors in their
@@ -1214,12 +1215,8 @@ def test_toy_draws_its_pictures(tmp_path, monkeypatch, capsys):
     toy2d.main()
     assert min((tmp_path / name).stat().st_size for name in ("toy2d.png", "toy2d.gif")) > 10_000
     assert "teacher" in capsys.readouterr().out
-
-@pytest.mark.parametrize("line, expected", [("--target cat", "cat"), ("--seed -1", "-1")])
-def test_toy_answers_a_mistake_with_one_line(line, expected, tmp_path):
-    with python(HERE / "toy2d.py", *line.split(), cwd=tmp_path) as process:
-        _, error = process.communicate()
-    assert process.returncode == 2 and re.fullmatch(f"toy2d: .*{expected}.*\n", error)
+    with python(HERE / "toy2d.py", "--target", "cat") as process:
+        assert re.fullmatch("toy2d: .*cat.*\n", process.communicate()[1]) and process.returncode == 2
 
 # ---- Experiments, notebooks and README ---------------------------------------------------------------------
 @pytest.fixture
@@ -1242,7 +1239,6 @@ def test_results_of_experiments_are_whole(path, experiments):
     for seeds in (np.bincount(rows["seed"][cases == case]) for case in np.unique(cases)):
         assert len(seeds) >= 3 and len(set(seeds)) == 1
     assert all(0 < row[-1] < math.inf for row in rows.tolist())
-    assert (experiments.read(path.stem, seed=0) == rows[rows["seed"] == 0]).all()
 
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 
@@ -1288,6 +1284,15 @@ def test_notebook_is_kept_with_the_outputs_of_one_run(path):
     assert not re.search(r"/(tmp|home|root|work)/", "".join(map(str, outputs)))
     text = "".join(cell["source"] for cell in cells(path))
     assert text.count("<details><summary>") == text.count("</details>") >= 2
+
+def test_readme_exports_a_student(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.folder, tmp_path / "runs/digits")
+    monkeypatch.chdir(tmp_path)
+    (code,), names = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL), {}
+    exec(code, names)
+    noise = torch.randn(5, 1, 8, 8)
+    exported = noise + torch.export.load("student.pt2").module()(noise, torch.full((5,), sf.T0))
+    torch.testing.assert_close(exported, sf.one_step(names["flow"], noise))
 
 def test_readme_links_the_notebooks_and_no_missing_file():
     linked = set(re.findall(r"\]\((?!http|#)([^)#]+)", (HERE / "README.md").read_text(encoding="utf-8")))
