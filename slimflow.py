@@ -428,7 +428,7 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
     model = nn.parallel.DistributedDataParallel(net.train()) if WORLD > 1 else net.train()
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     report = progress(stage, start, schedule.steps, schedule.batch)
-    sums = torch.zeros(2, device=device)  # of loss and gradient norm, since the last row of the log
+    sums = torch.zeros(3, device=device)  # of loss, gradient norm and steps, since the last row of the log
     saved = time.monotonic()
     for step in range(start, schedule.steps):
         seed_all(seed, stage, step, RANK)
@@ -442,15 +442,14 @@ def fit(net, loss_fn, schedule, seed=0, stage="fit", folder=None, picture=None):
         with torch.no_grad():
             rate = min(schedule.ema, (1 + step) / (10 + step))  # early averages are short
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
-            sums += torch.stack([loss, norm])
+            sums += torch.stack([loss, norm, torch.ones_like(norm)])
         done = step + 1
         if done in (1, 10, schedule.steps) or done % 50 == 0:  # only here the loop waits for the device
             if WORLD > 1:
                 dist.all_reduce(sums)
-            before = rows[-1][0] if rows else 0
-            mean_loss, mean_norm = (sums / WORLD / (done - before)).tolist()
+            mean_loss, mean_norm = (sums[:2] / sums[2]).tolist()
             if not math.isfinite(mean_loss + mean_norm):
-                raise Fault(f"{stage}: loss or gradient not finite after step {before:,}; try a lower --lr")
+                raise Fault(f"{stage}: loss or gradient not finite by step {done:,}; try a lower --lr")
             rows.append((done, mean_loss, mean_norm))
             sums.zero_()
             due = done in (1, schedule.steps) or time.monotonic() - saved > SAVE_EVERY
@@ -585,46 +584,36 @@ def load_digits():
 
 @cache
 def list_pictures(folder):
-    """The paths of all pictures in a folder and in those inside it; says how many other files there are."""
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found, others, real = [], 0, folder.resolve()
-
-    def skipped(path):
-        target = path.resolve() if path.is_symlink() else None
-        links_back = target and (target.is_relative_to(real) or real.is_relative_to(target))
-        return path.name.startswith(".") or links_back
-
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not skipped(Path(place, name)))
-        paths = [Path(place, name) for name in sorted(files)]
-        pictures = [path for path in paths if path.suffix.lower() in kinds and not skipped(path)]
-        found += pictures
-        others += len(files) - len(pictures)
-    if others:
-        print(f"left out: {others:,} files in {folder}, hidden or without the name of a picture")
+    """The pictures in a folder and in those inside it, but hidden or linked ones; says what is left out."""
+    endings = Image.registered_extensions().items()  # of names; Pillow also reads films, plots and tables
+    kinds = {ending for ending, kind in endings if Image.MIME.get(kind, "").startswith("image/")}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [path for path in files if path.suffix.lower() in kinds
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if 0 < len(found) < len(files):
+        print(f"left out: {len(files) - len(found):,} files in {folder}, hidden or not named as pictures")
     return found
 
 def find_images(run, data_dir):
-    """The run's pictures, a list of (path, class); without any it is empty for cifar10, and else a Fault."""
+    """The run's pictures, a list of (path, class); [] for the digits, and for cifar10 if there are none."""
     if run.dataset == "digits":
         return []
-    folder = Path(data_dir or f"data/{run.dataset}")
-    folders = [folder]
+    folders = [Path(data_dir or f"data/{run.dataset}")]
     if run.label_dim:
-        folders = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+        folders = sorted(path for path in folders[0].glob("[!.]*") if path.is_dir())
         if len(folders) != run.label_dim:
-            raise Fault(f"{folder} holds {len(folders)} folders, but {run.dataset} needs one for each of its "
-                        f"{run.label_dim} classes; --data-dir names another folder")
-    empty = [str(folder) for folder in folders if not list_pictures(folder)]
-    if empty and run.dataset != "cifar10":
-        raise Fault(f"there are no pictures in {', '.join(empty)}; --data-dir names another folder")
+            raise Fault(f"{run.dataset} needs {run.label_dim} folders, one for each class, but there are "
+                        f"{len(folders)}; --data-dir names another folder")
+    for folder in folders:
+        if not list_pictures(folder) and run.dataset != "cifar10":
+            raise Fault(f"there are no pictures in {folder}; --data-dir names another folder")
     return [(path, y) for y, folder in enumerate(folders) for path in list_pictures(folder)]
 
-def square(path, size):
+def read_picture(path, size):
     """The middle of a picture at size x size, uint8 [3, size, size]; what is transparent becomes white."""
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-    if picture.mode.startswith("I"):  # 16 bits
+        picture = ImageOps.exif_transpose(file)  # turned as every viewer shows it
+    if picture.mode.startswith("I"):  # grey levels of 16 bits
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -642,41 +631,42 @@ def decode(run, found):
 
     def put(i):
         try:
-            images[i] = square(paths[i], run.shape[-1])
+            images[i] = read_picture(paths[i], run.shape[-1])
         except Exception:  # a damaged file raises anything
             damaged.append(str(paths[i]))
 
     with ThreadPoolExecutor() as pool:
-        for done, _ in enumerate(pool.map(put, range(len(paths))), start=1):
-            report(done)
+        for part in torch.arange(len(paths)).split(1_000):
+            list(pool.map(put, part.tolist()))
+            report(part[-1].item() + 1)
     if damaged:
         raise Fault(f"cannot read these pictures; replace or remove them: {', '.join(sorted(damaged))}")
     return images, torch.tensor(y)
 
-def read_images(run, data_dir=None):
-    """All training images, uint8 [N, C, H, W], and their classes, int64 [N]; 0 if there are none."""
-    if run.dataset == "digits":
-        return load_digits()
-    found = find_images(run, data_dir)
-    if found:
-        return decode(run, found)
-    folder = data_dir or "data/cifar10"
+def download_cifar10(folder):
+    """CIFAR-10's training images from the archive in a folder, or from the network; one class, 0."""
     dataset = import_package("torchvision.datasets").CIFAR10  # checks the archive's MD5 sum
     with trying(f"use or download {dataset.url} (or put it into {folder})", "no network, or damaged"):
         images = torch.from_numpy(dataset(folder, train=True, download=True).data)  # (N, H, W, C)
     return images.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.int64)
 
 def load_images(run, data_dir=None):
-    """All training images and their classes, as `read_images`; what it read is kept in train/images-*.pt."""
-    # The file's name is a digest of the pictures' names and sizes: other pictures are read anew.
-    facts = [(path.name, path.stat().st_size) for path, _ in find_images(run, data_dir)]
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-    path = run.folder / f"train/images-{digest}.pt"
+    """All training images, uint8 [N, C, H, W], and their classes, int64 [N], all 0 where there are none.
+
+    What was decoded is kept in images-*.pt, under a digest of the files: of changed ones another is made.
+    """
+    if run.dataset == "digits":
+        return resident(run, load_digits())
+    found = find_images(run, data_dir)
+    facts = [(str(path), y, path.stat().st_size, path.stat().st_mtime_ns) for path, y in found]
+    path = run.folder / f"images-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}.pt"
     if RANK == 0 and not path.exists():
-        save_file(path, partial(torch.save, read_images(run, data_dir)))
+        decoded = decode(run, found) if found else download_cifar10(data_dir or "data/cifar10")
+        save_file(path, partial(torch.save, decoded))
     barrier()
     with trying(f"read {path}", "it is damaged; remove it"):
-        return resident(run, torch.load(path, mmap=True, weights_only=True))
+        images_and_classes = torch.load(path, mmap=True, weights_only=True)
+    return resident(run, images_and_classes)
 
 def pair_columns(run):
     """A row of pairs.bin: noise z, the image x at the end of the ODE that starts there, and its class y."""
@@ -845,7 +835,7 @@ STALE = dict(  # by stage: those that are out of date when it goes on
     train=["pairs", "reflow", "distill", "naive"], pairs=["reflow", "distill", "naive"],
     reflow=["distill", "naive"], distill=[], naive=[])
 GOAL = dict.fromkeys(STAGES, "steps") | dict(pairs="pairs")  # the setting that says how far a stage goes
-DATA_SETTINGS = ("seed", "data_dir", "pairs", "teacher", "own_pairs")  # what images and pairs are made with
+PAIR_SETTINGS = ("seed", "pairs", "teacher", "own_pairs")  # what pairs are made with
 
 def run_stage(run, stage, fresh=False, **given):
     """Bring a stage, and first those that it is made from, to its end; False if there was nothing to do.
@@ -857,8 +847,6 @@ def run_stage(run, stage, fresh=False, **given):
         return False
     for source in sources(stage, settings):
         run_stage(run, source)
-    if stage == "train":
-        find_images(run, settings["data_dir"])  # where there are none, nothing is renamed
     barrier()  # all processes have read what is there
     if RANK == 0:
         stale = STALE[stage]
@@ -891,12 +879,14 @@ def run_all(run, given, fresh=False):
     if run.dataset == "digits" and "distill" in given:
         naive = dict(guidance=0.0, steps=naive_steps(run, given["distill"], fresh))
         given = given | dict(naive=given["distill"] | naive)
+    external = settle(run, "pairs", given.get("pairs", {}), fresh)["teacher"]
     for stage in given:  # what does not fit is refused before anything runs
-        settle(run, stage, given[stage], fresh)
+        if stage != "train" or not external:
+            settle(run, stage, given[stage], fresh)
     # The teacher is trained by run_stage("pairs"), if they need one, and then with these settings.
     run = replace(run, settings=run.settings | dict(train=run.settings["train"] | given["train"]))
-    if run.dataset != "digits" and WORLD == 1:
-        inception_features(run)
+    if run.dataset in PAPERS and WORLD == 1:
+        inception_features(run.device)
     if fresh and RANK == 0:
         set_aside(run, STAGES)
     barrier()
@@ -923,10 +913,9 @@ def settle(run, stage, given, fresh=False):
     and another lr. `fresh`: as if there were no results.
     """
     folder = run.folder / stage
-    results = [path for path in folder.glob("*") if path.suffix in (".pt", ".bin")]
-    kept = remembered(run, stage) if results and not fresh else {}
-    if not (folder / "ckpt.pt").exists():  # there are images or pairs, but nothing is trained on them yet
-        kept = {name: kept[name] for name in kept if name in DATA_SETTINGS}
+    kept = {} if fresh else remembered(run, stage)
+    if not (folder / "ckpt.pt").exists():  # there are pairs, but nothing is trained on them yet
+        kept = {name: kept[name] for name in kept if name in PAIR_SETTINGS}
     settings = defaults(run, stage) | kept | given
     if "anneal" in settings:  # a share of these steps; with more steps later beta stays 0
         settings.setdefault("anneal_steps", settings["steps"])
@@ -943,18 +932,19 @@ def settle(run, stage, given, fresh=False):
 def check(run, settings):
     """What would fail late fails here, before anything runs."""
     students = list(run.networks)[1:]
-    if settings.get("student", students[0]) not in students:
+    if "data_dir" in settings:
+        find_images(run, settings["data_dir"])
+    if "student" in settings and settings["student"] not in students:
         raise Fault(f"there is no student {settings['student']}; choose from {', '.join(students)}")
-    if settings.get("batch", WORLD) % WORLD:
+    if "batch" in settings and settings["batch"] % WORLD:
         raise Fault(f"{WORLD} processes cannot share a batch of {settings['batch']}; give another --batch")
     if settings.get("distance") == "lpips":
         lpips_network(run.device)
     if settings.get("teacher"):
         path = Path(settings["teacher"])
-        config = load_network(path, run.device).config
-        made = [config[name] for name in ("channels", "resolution", "resolution", "label_dim")]
-        if made != [*run.shape, run.label_dim]:
-            raise Fault(f"{path} makes {made[1]}x{made[2]} images of {made[3]} classes, not {run.dataset}'s")
+        config = load_network(path).config
+        if (config["channels"], config["resolution"], config["label_dim"]) != (*run.shape[:2], run.label_dim):
+            raise Fault(f"{path} makes images of another size or other classes than {run.dataset}'s")
         if run.folder.resolve() in path.parents:
             raise Fault(f"{path} is in this run's folder; leave --teacher out, or copy it to another place")
 
@@ -968,10 +958,11 @@ def defaults(run, stage):
     return settings
 
 def remembered(run, stage):
-    """The settings in a stage's folder, {} if there are none."""
-    path = run.folder / stage / "settings.json"
-    if not path.exists() and not (path.parent / "ckpt.pt").exists():
+    """The settings that a stage's results were made with; {} if it has none."""
+    folder = run.folder / stage
+    if not (folder / "ckpt.pt").exists() and not (folder / "pairs.bin").exists():
         return {}
+    path = folder / "settings.json"
     with trying(f"read {path}", f"it is damaged, or of another edition; start over with {stage} --fresh"):
         kept = json.loads(path.read_text())
         if not kept.keys() >= defaults(run, stage).keys():
@@ -1032,16 +1023,14 @@ def pictures(size):
     """Your own pictures, scaled to size x size; small networks and few steps, for two CPU cores."""
     network = DIGITS | dict(resolution=size, channels=3, channel_mult=(1, 2) + (2,) * (size // 32),
                             attn_resolutions=(8,))
+    longer = dict(
+        train=dict(steps=4_000), pairs=dict(pairs=3_000),
+        reflow=dict(student="small", steps=5_000, anneal=0.3), distill=dict(steps=1_000, lr=1e-3),
+    )
     return Run(
         dataset=f"pictures{size}", shape=(3, size, size), n=2_000, precise=dict(solver="adams", steps=18),
         networks={"teacher": network | dict(model_channels=32), "small": network | dict(model_channels=16)},
-        settings=dict(
-            train=SHORT | dict(mirror=False, steps=4_000, lr=2e-3, warmup=100),
-            pairs=dict(pairs=3_000, teacher=None),
-            reflow=SHORT | dict(student="small", mirror=False, anneal=0.3, anneal_schedule="linear",
-                                steps=5_000, lr=4e-3, warmup=100),
-            distill=SHORT | dict(guidance=1.0, distance="huber", own_pairs=0, steps=1_000, lr=1e-3, warmup=0),
-        ),
+        settings={stage: digits.settings[stage] | longer[stage] for stage in longer},
     )
 
 AUTHORS = vars(Schedule())
@@ -1068,7 +1057,8 @@ imagenet64 = replace(
         reflow=cifar10.settings["reflow"] | dict(student="80.7M"),
     ),
 )
-PRESETS = dict(digits=digits, pictures=pictures(16), cifar10=cifar10, ffhq64=ffhq64, imagenet64=imagenet64)
+PAPERS = dict(cifar10=cifar10, ffhq64=ffhq64, imagenet64=imagenet64)
+PRESETS = dict(digits=digits, pictures=pictures(16)) | PAPERS
 
 FLAGS = dict(  # how argparse reads each, and its help
     dataset=dict(choices=PRESETS, help="preset [digits]; pictures: your own, in --data-dir"),
@@ -1145,6 +1135,7 @@ def help_text(command, name):
     values = [f"{dataset} {settings[name]}"
               for dataset, preset in PRESETS.items() for stage, settings in preset.settings.items()
               if command in (stage, "all") and settings.get(name) is not None]
+    values = dict.fromkeys(values)  # once each, in this order
     return f"{FLAGS[name]['help']} [{', '.join(values)}]" if values else FLAGS[name]["help"]
 
 def run_command(command, given):
@@ -1241,27 +1232,18 @@ def digit_features(run, images, y, seed=0):
 
 BY_HAND = f"(or put it into {torch.hub.get_dir()}/checkpoints)"
 
-def inception_features(run):
-    """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity.
-
-    Your own pictures do without: None if the package or its weights are missing.
-    """
-    try:
-        package = import_package("torch_fidelity.feature_extractor_inceptionv3")
-        with trying(f"use or download {package.URL_INCEPTION_V3} {BY_HAND}", "it is damaged"):
-            net = package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(run.device).eval()
-    except Fault as fault:
-        if not run.dataset.startswith("pictures"):
-            raise
-        print(f"the table will have no FID: {fault}")
-        return None
+def inception_features(device):
+    """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity."""
+    package = import_package("torch_fidelity.feature_extractor_inceptionv3")
+    with trying(f"use or download {package.URL_INCEPTION_V3} {BY_HAND}", "no network, or it is damaged"):
+        net = package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
     return torch.no_grad()(lambda images: net(images)[0])
 
 @cache
 def lpips_network(device):
     """LPIPS with VGG, as the package `lpips` has it."""
     package = import_package("lpips")
-    with trying(f"use or download torch's vgg16-397923af.pth {BY_HAND}", "it is damaged"):
+    with trying(f"use or download torch's vgg16-397923af.pth {BY_HAND}", "no network, or it is damaged"):
         return package.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
 def generate(flow, noise, y, solver):
@@ -1282,44 +1264,50 @@ def measure_floor(real, n):
     between = np.mean([frechet_distance(*moments([a]), *moments([b])) for a, b in halves])
     return between * (1 / n + 1 / len(real)) / (1 / len(a) + 1 / len(b))
 
-def reference(run, ref=None):
-    """Features of images as a function, the moments of the real ones, and the digits' floor; or None."""
-    if run.dataset == "digits":
-        images, y = load_digits()  # half of them train the classifier, and the rest are compared with
+def distance_to_real(run, ref=None):
+    """A function of a set of images, in batches: their distance to the real ones. And the digits' floor."""
+    floor = None
+    if run.dataset == "digits":  # half of them train the classifier, and the rest are compared with
+        images, y = load_digits()
         features = digit_features(run, images[::2], y[::2])
         real = features(images[1::2].to(run.device))
-        return features, moments([real]), measure_floor(real, run.n)
-    features = inception_features(run)
-    if features is None:
-        return None, None, None
-    if ref is None:
-        data_dir = run.data_dir or remembered(run, "train").get("data_dir")
-        batches = read_images(run, data_dir)[0].split(SAMPLE_BATCH)
-        return features, moments(features(x.to(run.device)) for x in batches), None
-    with trying(f"read {ref}", "it is no npz with mu [2048] and sigma [2048, 2048]"), np.load(ref) as file:
-        return features, (file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)), None
+        target, floor = moments([real]), measure_floor(real, run.n)
+    else:
+        features = inception_features(run.device)
+        if ref:
+            wanted = "it is no npz with mu [2048] and sigma [2048, 2048]"
+            with trying(f"read {ref}", wanted), np.load(ref) as file:
+                target = file["mu"].reshape(2048), file["sigma"].reshape(2048, 2048)
+        else:
+            images, _ = load_images(run, run.data_dir or remembered(run, "train").get("data_dir"))
+            target = moments(features(x.to(run.device)) for x in images.split(SAMPLE_BATCH))
 
-def networks(run):
-    """The rows of the table, (name, network, solver). Says which networks are missing or unfinished."""
-    found = []
+    def distance(batches):
+        return frechet_distance(*moments(features(x.to(run.device)) for x in batches), *target)
+
+    return distance, floor
+
+def table_rows(run):
+    """What the table compares, (name, network, solver). Says which networks are missing or unfinished."""
+    rows = []
     stages = {"teacher": "train", "2-flow": "reflow", "naive": "naive", "guided": "distill"}
     for name, stage in stages.items():
-        path, file = run.folder / stage / "ckpt.pt", remembered(run, "pairs").get("teacher")
-        done, steps = count_done(run, stage), remembered(run, stage).get("steps", 0)
-        if name == "teacher" and file:  # --teacher of pairs, which somebody finished
-            path, done = Path(file), steps
+        external = stage == "train" and remembered(run, "pairs").get("teacher")
+        path = Path(external or run.folder / stage / "ckpt.pt")
         if not path.exists():
             print(f"{name} is left out: there is no {path}")
             continue
+        if not external:
+            done, steps = count_done(run, stage), remembered(run, stage)["steps"]
+            if done < steps:
+                print(f"{name} is unfinished: {done:,} of {steps:,} steps")
         flow = load_network(path, run.device)
-        if done < steps:
-            print(f"{name} is unfinished: {done:,} of {steps:,} steps")
         if name == "teacher":
-            found.append(("teacher, precise", flow, getattr(flow, "precise", run.precise)))
-        found.append((f"{name}, 1 step", flow, ONE_STEP))
-    if not found:
+            rows.append(("teacher, precise", flow, getattr(flow, "precise", run.precise)))
+        rows.append((f"{name}, 1 step", flow, ONE_STEP))
+    if not rows:
         raise Fault(f"{run.folder} holds no network; train {run.dataset} first, or name its --out")
-    return found
+    return rows
 
 def images_of(run, flow, solver):
     """run.n images of a network, uint8, batch by batch; pairs, where they are enough, are the teacher's."""
@@ -1331,30 +1319,28 @@ def images_of(run, flow, solver):
 def evaluate(run, n=None, ref=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
     run = replace(run, n=n or run.n)
-    rows = networks(run)
-    features, real, floor = reference(run, ref)
-    metric = "Frechet" if run.dataset == "digits" else "FID"
-    few, few_y = fixed_noise(run, 12)
-    table = [("row", "parameters", "MACs", "evaluations", metric if features else "")]
-    pictures, labels = [], []
+    rows = table_rows(run)
+    metric, distance, floor = "Frechet" if run.dataset == "digits" else "FID", None, None
+    try:
+        distance, floor = distance_to_real(run, ref)
+    except Fault as fault:
+        if run.dataset in PAPERS:
+            raise
+        print(f"the table has no {metric}: {fault}")
+    noise, y = fixed_noise(run, 12)
+    table, pictures, labels = [("row", "parameters", "MACs", "evaluations", metric)], [], []
     for name, flow, solver in rows:
-        cell, label = "", name
-        if features:
-            made = moments(features(x.to(run.device)) for x in images_of(run, flow, solver))
-            distance = frechet_distance(*made, *real)
-            cell, label = f"{distance:.2f}", f"{name}\n{metric} {distance:,.0f}"
-        picture, evaluations = sample(flow, few, y=few_y, **solver)
+        value = f"{distance(images_of(run, flow, solver)):.2f}" if distance else "-"
+        picture, evaluations = sample(flow, noise, y=y, **solver)
         macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
-        table.append((name, f"{count_parameters(flow):,}", macs, evaluations, cell))
+        table.append((name, f"{count_parameters(flow):,}", macs, evaluations, value))
         pictures.append(picture)
-        labels.append(label)
+        labels.append(f"{name}\n{metric} {value}" if distance else name)
     if floor is not None:
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
     save_pictures(run.folder / "summary.png", torch.cat(pictures), 12, labels)
-    if features:
-        print(f"distances of {run.n:,} images; those of other numbers differ")
-    print(f"the same noise through each: {run.folder / 'summary.png'}")
+    print(f"distances of {run.n:,} images (those of other numbers differ); see {run.folder / 'summary.png'}")
 
 def print_table(rows):
     """Rows of cells in aligned columns, the first to the left, the others to the right."""
@@ -1398,7 +1384,7 @@ def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
     if npz:
         save_file(npz, lambda file: np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy()))
     save_pictures("samples.png", to_float(images[:64]))
-    print(f"{n} images: samples.png {npz or ''}")
+    print(f"{n} images, up to 64 of them in samples.png", f"and all in {npz}" if npz else "")
 
 # ---- 9. Other people's files: weights are read, and nothing in a file is executed --------------------------
 def load_network(path, device="cpu"):

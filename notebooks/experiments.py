@@ -201,7 +201,7 @@ CASES = {  # by experiment and world: (number of seeds, arguments)
         for start in STARTS],
     ("guidance", "digits"): [(3, case) for case in ((256, 256), (1_024, 1_024, WAYS), (6_000, 6_000), FEW)],
     ("guidance", "plane"): [*[(5, (n, n, WAYS)) for n in (32, 256, 1_024, 6_000)], (5, FEW)],
-    ("methods", "plane"): [(4, ())],
+    ("methods", "plane"): [(5, ())],
 }
 WORLDS = dict(plane=cache(Plane), digits=cache(Digits))
 
@@ -227,7 +227,7 @@ if __name__ == "__main__":
     path = HERE / f"{experiment}_{world}.csv"
     there = {tuple(line.split(",")[:2]) for line in path.read_text().splitlines()} if path.exists() else ()
     for seeds, case in CASES[experiment, world]:
-        name = " ".join(map(str, case)).replace(",", "")
+        name = " ".join(map(str, case)).replace(",", "") or experiment
         tasks += [(seed, name, case) for seed in range(seeds) if (str(seed), name) not in there]
     with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
         for rows in pool.imap_unordered(partial(work, experiment, world), tasks):
