@@ -12,8 +12,9 @@ commands, the first four being the stages of the method:
   eval     table and picture of the networks that are there
   sample   images from a checkpoint
 
-`slimflow.py COMMAND --help` lists the flags of a command. Here, Sections 1 to 3 (flow, solvers, network) and
-6 (stages) are the method; 4 trains, 5 loads, 7 has the presets, 8 evaluates, 9 reads other people's files.
+`slimflow.py COMMAND --help` lists the flags of a command; `--dataset pictures` trains on your own pictures.
+Here, Sections 1 to 3 (flow, solvers, network) and 6 (stages) are the method; 4 trains, 5 loads, 7 has the
+presets, 8 evaluates, 9 reads other people's files.
 """
 
 import argparse
@@ -583,35 +584,41 @@ def load_digits():
         return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
 
 @cache
-def list_pictures(folder):
-    """The pictures in a folder and in those inside it, but hidden or linked ones; says what is left out."""
+def list_pictures(folder, results):
+    """The pictures in a folder and in those inside it, but hidden ones, links and results; says so."""
     endings = Image.registered_extensions().items()  # of names; Pillow also reads films, plots and tables
     kinds = {ending for ending, kind in endings if Image.MIME.get(kind, "").startswith("image/")}
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and results not in path.parents]
     found = [path for path in files if path.suffix.lower() in kinds
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if 0 < len(found) < len(files):
-        print(f"left out: {len(files) - len(found):,} files in {folder}, hidden or not named as pictures")
+        endings = " ".join(sorted({path.suffix or path.name for path in set(files) - set(found)}))
+        print(f"left out of {folder}: {len(files) - len(found):,} files, hidden or no pictures: {endings}")
     return found
 
 def find_images(run, data_dir):
     """The run's pictures, a list of (path, class); [] for the digits, and for cifar10 if there are none."""
     if run.dataset == "digits":
         return []
-    folders = [Path(data_dir or f"data/{run.dataset}")]
+    folder = Path(data_dir or f"data/{run.dataset}").resolve()
+    if not folder.is_dir() and run.dataset != "cifar10":
+        raise Fault(f"there is no folder {folder}; --data-dir names another one")
+    folders = [folder]
     if run.label_dim:
-        folders = sorted(path for path in folders[0].glob("[!.]*") if path.is_dir())
+        folders = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
         if len(folders) != run.label_dim:
-            raise Fault(f"{run.dataset} needs {run.label_dim} folders, one for each class, but there are "
-                        f"{len(folders)}; --data-dir names another folder")
-    for folder in folders:
-        if not list_pictures(folder) and run.dataset != "cifar10":
-            raise Fault(f"there are no pictures in {folder}; --data-dir names another folder")
-    return [(path, y) for y, folder in enumerate(folders) for path in list_pictures(folder)]
+            raise Fault(f"{run.dataset} needs {run.label_dim} folders, one for each class, but in {folder} "
+                        f"there are {len(folders)}; --data-dir names another folder")
+    found = [list_pictures(folder, run.folder.resolve()) for folder in folders]
+    empty = [str(folder) for folder, paths in zip(folders, found) if not paths]
+    if empty and run.dataset != "cifar10":
+        raise Fault(f"there are no pictures in {', '.join(empty)}; --data-dir names another folder")
+    return [(path, y) for y, paths in enumerate(found) for path in paths]
 
 def read_picture(path, size):
     """The middle of a picture at size x size, uint8 [3, size, size]; what is transparent becomes white."""
     with Image.open(path) as file:
+        file.draft(None, (2 * size, 2 * size))  # a large JPEG is read at less than its full size
         picture = ImageOps.exif_transpose(file)  # turned as every viewer shows it
     if picture.mode.startswith("I"):  # grey levels of 16 bits
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
@@ -625,6 +632,7 @@ def decode(run, found):
     """The pictures that `find_images` found, uint8 [N, 3, H, W], and their classes, int64 [N]."""
     if len(found) < 500:
         print(f"{len(found)} pictures are few: expect a generator that repeats them")
+    Image.MAX_IMAGE_PIXELS = None  # scans may be large
     paths, y = zip(*found)
     images, damaged = torch.empty(len(paths), *run.shape, dtype=torch.uint8), []
     report = progress("decode", 0, len(paths), unit="images")
@@ -632,6 +640,8 @@ def decode(run, found):
     def put(i):
         try:
             images[i] = read_picture(paths[i], run.shape[-1])
+        except MemoryError:
+            raise
         except Exception:  # a damaged file raises anything
             damaged.append(str(paths[i]))
 
@@ -1164,6 +1174,8 @@ def run_command(command, given):
             stages = "train", "pairs", "reflow", student
             return run_all(run, {stage: given_to(stage) for stage in stages}, fresh)
         stage = student if command == "distill" else command
+        if "data_dir" in given and stage != "train":  # then those of the teacher must be the same
+            settle(run, "train", dict(data_dir=given["data_dir"]))
         if not run_stage(run, stage, fresh, **given_to(stage)):
             print(f"{stage} is finished, see {run.folder / stage}; --fresh starts it over")
 
