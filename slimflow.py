@@ -1533,8 +1533,8 @@ def main(argv=None):
         message = str(fault)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # of a CPU's memory or a GPU's
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # on CPU or GPU
             raise
         message = "the memory is full; use a smaller --batch, --n or --student, or more GPUs"
     except KeyboardInterrupt:
