@@ -1051,7 +1051,7 @@ def test_edm_teacher_as_a_flow_is_its_denoiser(edm):
 @pytest.mark.parametrize("edm", ["ddpm++"], indirect=True)
 def test_pairs_and_samples_come_from_an_edm_teacher_and_train_is_skipped(edm, ran, refused, monkeypatch):
     path, _ = edm
-    assert "classes, not digits" in refused(f"pairs --teacher {path}")
+    assert "other classes than digits" in refused(f"pairs --teacher {path}")
     networks = dict.fromkeys(("teacher", "small"), NETWORK | dict(resolution=16, channels=3))
     run = tiny("runs", dict(pairs=dict(pairs=4)), shape=(3, 16, 16), networks=networks)
     monkeypatch.setitem(sf.PRESETS, "digits", run)
