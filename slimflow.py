@@ -585,15 +585,18 @@ def load_digits():
 
 @cache
 def list_pictures(folder, results):
-    """The pictures in a folder and in those inside it, but hidden ones, links and results; says so."""
-    endings = Image.registered_extensions().items()  # of names; Pillow also reads films, plots and tables
-    kinds = {ending for ending, kind in endings if Image.MIME.get(kind, "").startswith("image/")}
+    """The paths of the pictures in a folder and in those inside it. Says which files it leaves out.
+
+    Left out are hidden files, linked folders, the run's own results, and what Pillow reads but is no picture.
+    """
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items()
+             if Image.MIME.get(kind, "").startswith("image/")}
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and results not in path.parents]
     found = [path for path in files if path.suffix.lower() in kinds
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if 0 < len(found) < len(files):
-        endings = " ".join(sorted({path.suffix or path.name for path in set(files) - set(found)}))
-        print(f"left out of {folder}: {len(files) - len(found):,} files, hidden or no pictures: {endings}")
+        names = " ".join(sorted({path.suffix or path.name for path in set(files) - set(found)}))
+        print(f"left out of {folder}: {len(files) - len(found):,} files, hidden or no pictures: {names}")
     return found
 
 def find_images(run, data_dir):
@@ -1135,8 +1138,8 @@ def parse(argv):
         whose = f"it is for {', '.join(takers)}" if takers else f"see `{parser.prog} --help`"
         raise Fault(f"{command} takes no {word}; {whose}")
     for name, value in vars(given).items():
-        least = 0 if name in ("seed", "lr", "mirror", "anneal", "guidance", "own_pairs") else 1
-        if isinstance(value, (int, float)) and not least <= value <= 1e9:
+        least = 0 if name in ("seed", "lr", "anneal", "guidance", "own_pairs") else 1
+        if type(value) in (int, float) and not least <= value <= 1e9:
             raise Fault(f"{flag(name)} {value} is not a number from {least} to 10^9")
     return command, vars(given)
 
@@ -1240,7 +1243,7 @@ def digit_features(run, images, y, seed=0):
         return F.cross_entropy(net(data + 0.1 * torch.randn_like(data)), labels)
 
     trained = fit(net, loss, schedule, seed, "classifier")[: len(features)]
-    return lambda pictures: trained(to_float(pictures))
+    return lambda images: trained(to_float(images))
 
 BY_HAND = f"(or put it into {torch.hub.get_dir()}/checkpoints)"
 
@@ -1332,7 +1335,8 @@ def evaluate(run, n=None, ref=None):
     """Print a table of the networks that are there, and draw summary.png: the same noise through each."""
     run = replace(run, n=n or run.n)
     rows = table_rows(run)
-    metric, distance, floor = "Frechet" if run.dataset == "digits" else "FID", None, None
+    metric = "Frechet" if run.dataset == "digits" else "FID"
+    distance = floor = None
     try:
         distance, floor = distance_to_real(run, ref)
     except Fault as fault:
@@ -1340,18 +1344,18 @@ def evaluate(run, n=None, ref=None):
             raise
         print(f"the table has no {metric}: {fault}")
     noise, y = fixed_noise(run, 12)
-    table, pictures, labels = [("row", "parameters", "MACs", "evaluations", metric)], [], []
+    table, images, labels = [("row", "parameters", "MACs", "evaluations", metric)], [], []
     for name, flow, solver in rows:
         value = f"{distance(images_of(run, flow, solver)):.2f}" if distance else "-"
-        picture, evaluations = sample(flow, noise, y=y, **solver)
+        x, evaluations = sample(flow, noise, y=y, **solver)
         macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
         table.append((name, f"{count_parameters(flow):,}", macs, evaluations, value))
-        pictures.append(picture)
+        images.append(x)
         labels.append(f"{name}\n{metric} {value}" if distance else name)
     if floor is not None:
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
-    save_pictures(run.folder / "summary.png", torch.cat(pictures), 12, labels)
+    save_pictures(run.folder / "summary.png", torch.cat(images), 12, labels)
     print(f"distances of {run.n:,} images (those of other numbers differ); see {run.folder / 'summary.png'}")
 
 def print_table(rows):
@@ -1396,7 +1400,7 @@ def sample_images(run, ckpt=None, n=64, solver=None, steps=None, npz=None):
     if npz:
         save_file(npz, lambda file: np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy()))
     save_pictures("samples.png", to_float(images[:64]))
-    print(f"{n} images, up to 64 of them in samples.png", f"and all in {npz}" if npz else "")
+    print(f"{n} images, up to 64 of them in samples.png{f', all in {npz}' if npz else ''}")
 
 # ---- 9. Other people's files: weights are read, and nothing in a file is executed --------------------------
 def load_network(path, device="cpu"):
