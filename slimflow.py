@@ -970,7 +970,7 @@ def evaluate(run, networks, n=None):
         table.append(("floor", "", "", "", f"{floor:.2f}"))
     print_table(table)
     save_pictures(run.root / "summary.png", torch.cat(images), 12, labels)
-    print(f"distances of {n:,} images, see {run.root / 'summary.png'}")
+    print(f"distances of {n:,} images (those of other numbers differ); see {run.root / 'summary.png'}")
 
 def finished_networks(run):
     """Every finished network of the data set, {folder: path}."""
