@@ -412,7 +412,7 @@ def build(config, device="cpu", weights=None):
 # ---- 4. Training: one loop for every network, on one device or, by torchrun, on many; our files -----------
 WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # processes
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # which of them this is
-KEEP_EVERY = 30.0  # seconds from one checkpoint to the next
+KEEP_EVERY = 15.0  # seconds from one checkpoint to the next
 AT_ONCE = 100  # images that are made, or looked at, together
 
 class Fault(Exception):
@@ -423,7 +423,7 @@ def fit(net, loss_fn, steps, lr, warmup=0, decay=0.0, name="fit", seed=0, kept=N
 
     Adam, gradients clipped at norm 1; on a GPU in bfloat16 (ours). Every hundredth of the steps, but at most
     500, a row (step, mean loss, mean gradient norm) is added to the log; Fault if it is not finite. Then, if
-    30 seconds have passed, and at the end, keep(ema, **state) is called. With kept=state the same call goes
+    15 seconds have passed, and at the end, keep(ema, **state) is called. With kept=state the same call goes
     on from there, on a CPU bit for bit as if it had never stopped.
     """
     device = next(net.parameters()).device
