@@ -318,8 +318,8 @@ def test_network_starts_near_zero_velocity_and_learns_compiled_and_in_bfloat16(k
 # ---- 4. Training -------------------------------------------------------------------------------------------
 def test_learning_rate_clipping_average_and_log_follow_their_rules():
     """Adam's steps are the learning rate while the gradient stays the same, here 1 after clipping."""
-    net, seen = nn.Linear(1, 1, bias=False), []
-    loss = lambda net, step: seen.append(net.weight.item()) or net.weight.sum() * 10 ** (step % 2)  # noqa: E731
+    net = nn.Linear(1, 1, bias=False)
+    seen, loss = [], lambda net, step: seen.append(net.weight.item()) or net.weight.sum() * 10 ** (step % 2)
     average, log = sf.fit(net, loss, steps=250, lr=0.1, warmup=4, decay=0.5)
     rates = [0.1 * min(1, (step + 1) / 4, (250 - step) / 125) for step in range(250)]
     values = np.array([*seen, net.weight.item()])
