@@ -664,7 +664,7 @@ def test_sample_writes_images_of_the_student_or_of_a_file(finished, ran):
 
 MISTAKES = f"""
 train --train-stepz 5 | --train-stepz
-train --train-lr -1 | -1
+pairs --pairs-n 0 | --pairs-n
 reflow --reflow-anneal 50 | 50
 reflow --dataset cifar10 --reflow-student small | 15.7M
 train --dataset cifar | pictures32
