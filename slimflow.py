@@ -657,13 +657,13 @@ def load_cifar10():
     return images.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.int64)
 
 def load_images(run, data=""):
-    """Training images, uint8 [N, C, H, W], and classes, int64 [N], from a file of convert.py.
+    """Training images, uint8 [N, C, H, W], and classes, int64 [N].
 
-    It is `data`, or else data/<dataset>.pt. The digits, and CIFAR-10's archive, need none.
+    They are in a file of convert.py, `data` or else data/<dataset>.pt; the digits and CIFAR-10 need none.
     """
     path = Path(data or f"data/{run.dataset}.pt")
     if run.dataset == "digits" and not data:
-        return load_digits()
+        return [x[::2] for x in load_digits()]  # the others are only compared with
     if run.dataset == "cifar10" and not path.exists():
         return load_cifar10()
     content = load(path)
@@ -725,10 +725,10 @@ def ddpmpp_networks(size):
 digits = dict(  # all numbers are ours
     n=5_000, networks=small_networks(8, channels=1),  # n: images of the evaluation
     train=dict(name="", data="", mirror=False,
-               steps=1_200, batch=64, lr=2e-3, warmup=100, decay=0.6, start="", seed=0),
-    pairs=dict(n=1_500, nfe=12, batch=100, seed=0),
-    reflow=dict(student="small", anneal=0.2, schedule="linear", mirror=False,
-                steps=1_100, batch=64, lr=4e-3, warmup=100, decay=0.6, start="", seed=0),
+               steps=1_800, batch=64, lr=2e-3, warmup=100, decay=0.6, start="", seed=0),
+    pairs=dict(n=512, nfe=12, batch=100, seed=0),
+    reflow=dict(student="small", anneal=0.375, schedule="hold", mirror=False,
+                steps=1_800, batch=64, lr=4e-3, warmup=100, decay=0.6, start="", seed=0),
     own=dict(n=0, nfe=12, batch=100, seed=0),
     distill=dict(guidance=1.0, distance="huber",
                  steps=800, batch=64, lr=2e-3, warmup=0, decay=0.6, start="", seed=0),
@@ -736,7 +736,7 @@ digits = dict(  # all numbers are ours
 pictures = digits | dict(  # your own, by convert.py; all numbers are ours
     n=2_000, networks=small_networks(16, channels=3),
     train=digits["train"] | dict(steps=4_000), pairs=dict(n=3_000, nfe=18, batch=100, seed=0),
-    reflow=digits["reflow"] | dict(anneal=0.3, steps=5_000),
+    reflow=digits["reflow"] | dict(anneal=0.3, schedule="linear", steps=5_000),
     distill=digits["distill"] | dict(steps=1_000, lr=1e-3),
 )
 cifar10 = dict(  # all numbers are the authors', but where another source is named
@@ -750,9 +750,8 @@ cifar10 = dict(  # all numbers are the authors', but where another source is nam
     distill=dict(guidance=1.0, distance="lpips",
                  steps=400_000, batch=128, lr=2e-4, warmup=0, decay=0.0, start="", seed=0),
 )
-ffhq64 = cifar10 | dict(  # its pairs are ours: their number is not public
-    networks=ddpmpp_networks(64), pairs=dict(n=50_000, nfe=36, batch=200, seed=0),
-)
+# The pairs of ffhq64 are ours: their number is not public.
+ffhq64 = cifar10 | dict(networks=ddpmpp_networks(64), pairs=dict(n=50_000, nfe=36, batch=200, seed=0))
 imagenet64 = ffhq64 | dict(  # steps, anneal and own are CIFAR-10's
     networks={
         "teacher": ADM,  # EDM's
@@ -828,7 +827,7 @@ def missing(run, goal):
     return [*dict.fromkeys(stages), goal]
 
 def make(run, goal):
-    """Print the plan, then make a stage and first those that it needs. What is there is not made again."""
+    """Print the plan, then make a stage and first those that it needs, if not there already: its file."""
     plans = [missing(run, goal)]
     if WORLD > 1:  # the first process has planned before any of them writes
         dist.broadcast_object_list(plans)
@@ -850,6 +849,7 @@ def make(run, goal):
         if WORLD > 1:
             dist.barrier()
     print(f"{goal} is finished: {run.result(goal)}")
+    return run.result(goal)
 
 def refuse_forgotten(run, plan):
     """Fault where flags seem forgotten: a stage that is only needed is there, but not by the preset's."""
@@ -899,14 +899,14 @@ def digit_features(run, images, y):
         return F.cross_entropy(net(to_float(x) + 0.1 * torch.randn(x.shape, device=x.device)), labels)
 
     trained, _ = fit(net, loss, steps=600, lr=1e-3, decay=0.3, name="classifier")
-    return lambda images: trained[:-2](to_float(images))
+    return lambda images: trained[:-2](to_float(images.to(run.device)))
 
 def inception_features(device):
     """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity."""
     with trying("have Inception", "it needs `pip install torch-fidelity`, and a network for its weights"):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
-    return torch.no_grad()(lambda images: net(images)[0])
+    return torch.no_grad()(lambda images: net(images.to(device))[0])
 
 @cache
 def lpips_network(device):
@@ -928,27 +928,25 @@ def measure_floor(real, n):
     """The distance that n images of a perfect generator would have from these features [N, d]."""
     halves = [real[torch.randperm(len(real))].tensor_split(2) for _ in range(100)]
     between = np.mean([frechet_distance(*moments([a]), *moments([b])) for a, b in halves])
-    a, b = halves[0]  # it is a bias, which falls as 1 / images
-    return between * (1 / n + 1 / len(real)) / (1 / len(a) + 1 / len(b))
+    return between * (len(real) / n + 1) / 4  # a bias, which falls as 1 / images of each side
 
 def features_and_images(run):
-    """A function from images to features, and the real images. Half of the digits train it."""
+    """A function from images to features, the training images, and real images to compare with."""
     if run.dataset == "digits":
         images, y = load_digits()
-        return digit_features(run, images[::2], y[::2]), images[1::2].to(run.device)
+        return digit_features(run, images[::2], y[::2]), images[::2], images[1::2]
     images, _ = load_images(run, run.settings["train"]["data"])
-    return inception_features(run.device), images
+    return inception_features(run.device), images, images
 
 def evaluate(run, networks, n=None):
     """Print a table of networks {name: path}, and draw summary.png: the same noise through each."""
     n, metric = n or run.preset["n"], "Frechet" if run.dataset == "digits" else "FID"
     try:
-        features, real = features_and_images(run)
-        target = moments(features(x.to(run.device)) for x in real.split(AT_ONCE))
+        features, seen, real = features_and_images(run)
+        target = moments(map(features, real.split(AT_ONCE)))
     except Fault as fault:
         features = None
         print(f"the table has no {metric}: {fault}")
-    floor = measure_floor(features(real), n) if run.dataset == "digits" else None
     table, images = [("row", "parameters", "MACs", "evaluations", metric)], []
     few, many = fixed_noise(run, 12), fixed_noise(run, n, seed=4321)
     for name, path in networks.items():
@@ -960,14 +958,16 @@ def evaluate(run, networks, n=None):
             x, evaluations = sample(flow, *few, nfe)
             value = "-"
             if features:
-                made = moments(features(x) for x in generate(flow, *many, nfe))
+                made = moments(map(features, generate(flow, *many, nfe)))
                 value = f"{frechet_distance(*made, *target):.2f}"
             row = f"{name}, {'1 step' if nfe == 1 else 'precise'}"
             table.append((row, parameters, macs, evaluations, value))
             images.append(x)
     labels = [f"{row}\n{metric} {value}" for row, *_, value in table[1:]]
-    if floor is not None:
-        table.append(("floor", "", "", "", f"{floor:.2f}"))
+    if run.dataset == "digits":  # what a perfect memoriser and a perfect generator would have
+        copies = moments([features(seen[torch.randint(len(seen), (n,))])])
+        table.append(("copies", "", "", "", f"{frechet_distance(*copies, *target):.2f}"))
+        table.append(("floor", "", "", "", f"{measure_floor(features(real), n):.2f}"))
     print_table(table)
     save_pictures(run.root / "summary.png", torch.cat(images), 12, labels)
     print(f"distances of {n:,} images (those of other numbers differ); see {run.root / 'summary.png'}")
@@ -1020,7 +1020,7 @@ def sample_images(run, ckpt=None, n=64, nfe=None, npz=None, label=None):
 
 # ---- 8. Command line ---------------------------------------------------------------------------------------
 COMMANDS = """commands:
-  all                                  every stage, then the table (digits: with a naive student)
+  all                                  every stage, then the table (digits: with rivals)
   train, pairs, reflow, own, distill   one stage, and first those that it needs
   eval, sample                         the table of every finished network; images of one"""
 SETTINGS = """
@@ -1101,15 +1101,17 @@ def parse(argv):
     return command, run, given
 
 def run_all(run):
-    """Every stage, then the table. The digits also get the rival: naive, at equal cost."""
+    """Every stage, then the table. The digits also show what each idea adds, at equal training cost."""
     make(run, "distill")
-    networks = {"teacher": run.result("train"), "2-flow": run.result("reflow")}
-    given = run.settings["distill"]
-    if given["guidance"] and run.dataset == "digits":
-        naive = copy.deepcopy(run)  # a step costs 3 passes, a guided one 7
-        naive.settings["distill"].update(guidance=0.0, steps=given["steps"] * 7 // 3)
-        make(naive, "distill")
-        networks["naive"] = naive.result("distill")
+    networks, compare = {"teacher": run.result("train")}, run.dataset == "digits"
+    given, plain, naive = run.settings["distill"], copy.deepcopy(run), copy.deepcopy(run)
+    plain.settings["reflow"]["anneal"] = 0.0
+    naive.settings["distill"].update(guidance=0.0, steps=given["steps"] * 7 // 3)  # each 3 passes, not 7
+    if compare and run.settings["reflow"]["anneal"]:
+        networks["plain 2-flow"] = make(plain, "reflow")
+    networks["2-flow"] = run.result("reflow")
+    if compare and given["guidance"]:
+        networks["naive"] = make(naive, "distill")
     networks["guided" if given["guidance"] else "naive"] = run.result("distill")
     if WORLD == 1:  # after torchrun, `slimflow.py eval` makes the table
         evaluate(run, networks)

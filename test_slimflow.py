@@ -558,13 +558,13 @@ def test_frechet_distance_is_the_recorded_one_and_the_closed_form_of_singular_co
     assert sf.frechet_distance(mu1, a @ a.T, mu2, b @ b.T) == pytest.approx(expected.item(), rel=1e-6)
     assert abs(sf.frechet_distance(mu1, a @ a.T, mu1, a @ a.T)) < 1e-6 * traces
 
-def test_the_digits_classifier_sees_neither_side_of_a_distance():
-    """It is trained on every other scan; the floor is what new draws of the same distribution get."""
-    images, y = sf.load_digits()
+def test_the_digits_that_are_compared_with_train_nothing():
+    images, y = sf.load_digits()  # of which every second one is compared with
     with mock.patch.object(sf, "digit_features", return_value=lambda x: x[:, 0, 3, 1:7].double()) as trained:
-        features, real = sf.features_and_images(sf.Run())
-    _, seen, classes = trained.call_args.args
-    assert torch.equal(seen, images[::2]) and torch.equal(classes, y[::2]) and torch.equal(real, images[1::2])
+        features, seen, real = sf.features_and_images(sf.Run())
+    for training in (sf.load_images(sf.Run()), trained.call_args.args[1:]):
+        assert torch.equal(training[0], seen) and torch.equal(training[1], y[::2])
+    assert torch.equal(seen, images[::2]) and torch.equal(real, images[1::2])
     same = torch.distributions.MultivariateNormal(*sf.moments([features(real)]))
     drawn = [[m for n in (5_000, 898) for m in sf.moments([same.sample((n,))])] for _ in range(30)]
     perfect = np.mean([sf.frechet_distance(*moments) for moments in drawn])
@@ -615,12 +615,12 @@ def test_pictures_do_not_depend_on_the_users_style(tmp_path):
 
 # ---- 8. Command line ---------------------------------------------------------------------------------------
 def test_the_default_run_ends_in_a_table_and_a_picture(ran):
-    rows = re.findall(r"(?m)^(teacher|2-flow|naive|guided|floor)\b.* [\d.]+$", ran(""))
-    assert rows == ["teacher", "teacher", "2-flow", "naive", "guided", "floor"]
+    rows = re.findall(r"(?m)^(\w.*?)(?:, precise|, 1 step)?  .* [\d.]+$", ran("").split("\nrow")[1])
+    assert rows == ["teacher", "teacher", "plain 2-flow", "2-flow", "naive", "guided", "copies", "floor"]
     naive = Path("runs/digits/train/pairs/reflow/distill-guidance=0.0-steps=28")
     assert (naive / "result.pt").exists()  # 12 steps of 7 passes cost 28 steps of 3
     pictures, left = [*Path("runs").rglob("*.png")], [*Path().rglob("*.tmp"), *Path().rglob("partial.pt")]
-    assert len(pictures) == 6 and not left  # of four trainings, of the pairs, and the table's
+    assert len(pictures) == 7 and not left  # of five trainings, of the pairs, and the table's
 
 @pytest.mark.parametrize("stdout", [None, io.StringIO(), io.TextIOWrapper(io.BytesIO(), "cp1252")])
 def test_slimflow_is_a_command_also_by_a_link_into_any_output(stdout, tmp_path, monkeypatch):
@@ -855,10 +855,10 @@ def test_experiments_train_at_equal_cost(monkeypatch):
     for net in (flow, student):  # back costs two
         net.register_forward_hook(lambda *args: passes.append(3 if torch.is_grad_enabled() else 1))
     monkeypatch.setattr(experiments, "fit", lambda world, net, loss, steps, *_: loss(student, 0) and steps)
-    world = mock.Mock(noise=torch.randn(9, 2), D=sf.l2, guided_steps=120, distill_lr=1e-3)
-    for how in {*experiments.COST} - {"naive with fewer steps"}:
+    world, pairs = mock.Mock(D=sf.l2, guided_steps=120, distill_lr=1e-3), torch.randn(2, 9, 2)
+    for how in experiments.WAYS:
         passes.clear()
-        assert experiments.distilled(world, flow, how, 9, world.noise) * sum(passes) == 7 * 120
+        assert experiments.distilled(world, flow, how, *pairs) * sum(passes) == 7 * 120
 
 @pytest.mark.parametrize("path", sorted((HERE / "notebooks").glob("*.csv")), ids=lambda path: path.stem)
 def test_results_of_experiments_are_whole(path):

@@ -2,8 +2,7 @@
 
 `python notebooks/experiments.py annealing|guidance|methods plane|digits` (methods: plane only)
 adds to CSV files beside this script the cases that are missing, by two processes of one thread. Each seed has
-its own teacher, pairs and networks, and what is compared has equal training cost. The files that are there
-are older: weights were averaged at a rate of at most 0.995 (where `rate` is constant, as now).
+its own teacher, pairs and networks. What was expected of each case is in predictions.md.
 """
 
 import copy
@@ -23,23 +22,25 @@ import slimflow as sf  # noqa: E402
 import toy2d  # noqa: E402
 
 HELD_OUT, BATCH = 1_024, 64  # pairs on which nothing is trained; pairs of a step
-STARTS = {  # of a 2-flow from random weights: a schedule of b, and the share of the steps until it is 0
-    "plain": ("linear", 0), "linear": ("linear", 3 / 8), "exponential": ("exponential", 1 / 16),
-    "hold": ("hold", 3 / 8), "hold longer": ("hold", 0.6), "hold on real data": ("hold", 3 / 8),
-}
-COST = {  # of a step of distillation, in forward passes; a backward pass counts as two
-    "naive": 3,
-    "naive with fewer steps": 7,  # costs 3, but makes as many steps as guided
-    "guided": 7,  # as in slimflow: the first step of the target is the student's, the second the 2-flow's
-    "both steps by the 2-flow": 8,  # the paper's equation
-    "guidance alone": 4,  # without pairs
+FIRST = {512: 0, 256: 512, 1_500: 768, 6_000: 2_268}  # of so many pairs; they are not those of other numbers
+PLAIN = dict(  # a 2-flow from random weights, without annealing; lengths are shares of the steps
+    schedule="linear", share=0, b0=1, fixed_noise=False, real_data=False, network={}, weight_decay=0.0,
+    length=1, warmup=1 / 20, decay=0.6)
+HOLD = dict(schedule="hold", share=3 / 8)
+STARTS = {  # what differs from it
+    "plain": {}, "linear": dict(share=3 / 8), "hold": HOLD,
+    **{f"hold at {b0}": HOLD | dict(b0=b0) for b0 in (0.97, 0.95, 0.9, 0.8, 0.5)},
+    "hold with fixed noise": HOLD | dict(fixed_noise=True), "hold on real data": HOLD | dict(real_data=True),
+    "plain with hold's last steps": dict(length=5 / 8, warmup=0, decay=0.96),  # its rates after the drop
+    **{f"dropout {p}": dict(network=dict(dropout=p)) for p in (0.05, 0.15, 0.3)},
+    **{f"weight decay {w}": dict(weight_decay=w) for w in (0.01, 0.1, 1.0)},
+    **{f"hold for {share}": HOLD | dict(share=share) for share in (0.025, 0.1, 0.6, 0.75)},
+    "linear for 0.75": dict(share=0.75),
 }
 STYLE = {  # a colour and a marker for each network, the same in all notebooks
     "teacher": ("#D55E00", "s"), "2-flow": ("#0072B2", "o"), "plain": ("#0072B2", "o"),
-    "linear": ("#56B4E9", "D"), "exponential": ("#009E73", "v"), "hold": ("#000000", "*"),
-    "hold longer": ("#777777", "h"), "hold on real data": ("#CC79A7", "^"), "naive": ("#999933", "X"),
-    "guided": ("#882255", "P"), "both steps by the 2-flow": ("#AA4499", "<"),
-    "guidance alone": ("#44AA99", ">"), "naive with fewer steps": ("#777777", "d"),
+    "linear": ("#56B4E9", "D"), "hold": ("#000000", "*"), "hold on real data": ("#CC79A7", "^"),
+    "naive": ("#999933", "X"), "guided": ("#882255", "P"), "guidance alone": ("#44AA99", ">"),
 }
 
 # ---- Two worlds: a trained teacher, its pairs, real data, and a distance to them ---------------------------
@@ -47,7 +48,7 @@ class Plane:
     """Eight Gaussians in the plane. Distance: sliced Wasserstein's, of 10,000 points."""
     network, draw = staticmethod(partial(toy2d.MLP, 64)), staticmethod(toy2d.TARGETS["8gaussians"])
     D = staticmethod(sf.l2)  # of the distillation
-    lr, distill_lr, precise = 3e-3, 1e-3, 0
+    lr, distill_lr, precise, evaluations = 3e-3, 1e-3, 0, 60  # precise: by rk45, in about so many
     reflow_steps, guided_steps = 4_000, 1_500
     def __init__(self, seed, scale=1.0):
         self.seed, self.scale = seed, scale
@@ -55,130 +56,162 @@ class Plane:
         torch.manual_seed(seed)
         self.teacher, _ = sf.fit(toy2d.MLP(128), partial(flow_loss, self, toy2d.BATCH), **training)
         self.noise, self.fresh = torch.randn(65_536 + HELD_OUT, 2), torch.randn(10_000, 2)
-        self.data, self.target = ends(self, self.teacher), self.draw(10_000)
+        self.data, self.target = ends(self, self.teacher, self.noise), self.draw(10_000)
 
     def distances(self, flow, nfe=1):
         made, _ = sf.sample(flow, self.fresh, nfe=nfe)
         return dict(distance=toy2d.sliced_wasserstein(made, self.target))
 
+@cache
+def judge():
+    """The digits' features, the scans that train, and those that are only compared with."""
+    return sf.features_and_images(sf.Run(device="cpu"))
+
 class Digits:
     """The digits. Distance: Frechet's of 5,000 images, as they are and at the real digits' contrast."""
     D, network = staticmethod(sf.huber), staticmethod(partial(sf.UNet, **sf.digits["networks"]["small"]))
-    lr, distill_lr, precise = 4e-3, 2e-3, 12
-    reflow_steps, guided_steps, scale = 1_100, 550, 1.0
+    lr, distill_lr, precise, evaluations = 4e-3, 2e-3, 12, 12
+    reflow_steps, guided_steps, scale = 4_000, 800, 1.0
     def __init__(self, seed):
-        self.seed = seed
-        settings = dict(train=dict(seed=seed), pairs=dict(n=6_000 + HELD_OUT, seed=seed))
+        self.seed, n = seed, (8_268 if seed < 3 else 512) + HELD_OUT
+        settings = dict(train=dict(seed=seed), pairs=dict(n=n, seed=seed))
         run = sf.Run(out=f"runs/experiments/{seed}", device="cpu", settings=settings)
         sf.make(run, "pairs")
         self.noise, self.data, _ = (torch.cat(x).float() for x in zip(*sf.load_pairs(run, "pairs")))
-        self.images, labels = sf.load_digits()
         self.fresh, self.y = sf.fixed_noise(run, 5_000, seed=4321)
-        self.features, self.real = sf.digit_features(run, self.images[::2], labels[::2]), self.images[1::2]
 
     def draw(self, n):
-        return sf.to_float(self.images[torch.randint(len(self.images), (n,))])
+        _, images, _ = judge()
+        return sf.to_float(images[torch.randint(len(images), (n,))])
 
     def distances(self, flow, nfe=1):
+        features, _, real = judge()
         made = torch.cat(list(sf.generate(flow, self.fresh, self.y, nfe)))
-        x, real = sf.to_float(made), sf.to_float(self.real)
-        contrast = (x.var(dim=0).sum() / real.var(dim=0).sum()).item()  # pixel variance, made over real
+        x, wanted = sf.to_float(made), sf.to_float(real).var(dim=0).sum()
+        contrast = (x.var(dim=0).sum() / wanted).item()  # pixel variance, made over real
         matched = sf.to_uint8(x.mean(dim=0) + (x - x.mean(dim=0)) / contrast**0.5)
-        target = sf.moments([self.features(self.real)])
-        raw, equal = (sf.frechet_distance(*sf.moments([self.features(i)]), *target) for i in (made, matched))
+        raw, equal = (sf.frechet_distance(*sf.moments([features(i)]), *sf.moments([features(real)]))
+                      for i in (made, matched))
         return dict(distance=raw, matched=equal, contrast=contrast)
 
 # ---- What is trained ---------------------------------------------------------------------------------------
-def fit(world, net, loss, steps, lr, decay=0.6):
-    """Train a network for so many steps, by the world's scale."""
+def fit(world, net, loss, steps, lr, decay=0.6, warmup=1 / 20):
+    """Train a network for so many steps, by the world's scale; its warm-up and decay are shares of them."""
     steps = max(1, round(steps * world.scale))
-    return sf.fit(net, loss, steps, lr, steps // 20, decay, seed=world.seed)[0]
+    return sf.fit(net, loss, steps, lr, round(steps * warmup), decay, seed=world.seed)[0]
 
 def flow_loss(world, batch, flow, step):
     """The loss of `train`, on real data and independent noise."""
     data = world.draw(batch)
     return sf.rectified_flow_loss(flow, torch.randn_like(data), data)
 
-def ends(world, flow, rows=slice(None)):
-    """The precise end of a flow's ODE, from each of the world's noises (or of these rows)."""
-    return torch.cat([sf.sample(flow, z, nfe=world.precise)[0] for z in world.noise[rows].split(1_024)])
+def ends(world, flow, noise):
+    """The precise ends of a flow's ODE."""
+    return torch.cat([sf.sample(flow, z, nfe=world.precise)[0] for z in noise.split(1_024)])
 
-def two_flow(world, pairs, steps, start="linear", rate="falling"):
-    """A small 2-flow from the first `pairs` pairs, and what was measured on its way, a list of dicts."""
+def stored(world, pairs, more=0):
+    """Noise and data of so many pairs, and of more."""
+    first = FIRST.get(pairs, 0)
+    return [x[first : first + pairs + more] for x in (world.noise, world.data)]
+
+def new(world):
+    """Noise and data of the pairs on which nothing is trained."""
+    return world.noise[-HELD_OUT:], world.data[-HELD_OUT:]
+
+def two_flow(world, pairs, steps, start="linear", more=0):
+    """A small 2-flow of so many pairs, and of more."""
+    arm, (noise, data) = PLAIN | STARTS[start], stored(world, pairs, more)
     torch.manual_seed(world.seed)
-    (schedule, share), curve = STARTS[start], []
-    steps = max(1, round(steps * world.scale))
+    net, fixed = world.network(**arm["network"]), torch.randn_like(noise)
+    length = steps * world.scale
 
     def loss(flow, step):
-        if step % (steps // 20 + 1) == 0:
-            curve.append(dict(step=step) | judged(world, flow, pairs))
-        i = torch.randint(pairs, (BATCH,))
-        noise, data = world.noise[i], world.data[i]
-        beta = sf.anneal_beta(step, share * steps, schedule)
-        if start == "hold on real data" and beta == 1:  # in place of the pairs' images
-            data = world.draw(BATCH)
-        return sf.rectified_flow_loss(flow, sf.annealed_noise(noise, beta), data)
+        for p in net.parameters() if arm["weight_decay"] else ():  # decoupled from Adam, as AdamW's
+            p.data *= 1 - sf.learning_rate(step, length, world.lr, decay=0.6) * arm["weight_decay"]
+        i = torch.randint(len(noise), (BATCH,))
+        z, x = noise[i], data[i]
+        beta = arm["b0"] * sf.anneal_beta(step, arm["share"] * length, arm["schedule"])
+        if arm["real_data"] and beta == 1:  # in place of the pairs' images
+            x = world.draw(BATCH)
+        if arm["fixed_noise"] and beta == 1:  # the same for a pair in each step
+            z, beta = fixed[i], 0
+        return sf.rectified_flow_loss(flow, sf.annealed_noise(z, beta), x)
 
-    lr, decay = (world.lr / 2, 0.0) if rate == "constant" else (world.lr, 0.6)  # after the warm-up
-    flow = fit(world, world.network(), loss, steps / world.scale, lr, decay)
-    return flow, [*curve, dict(step=steps) | judged(world, flow, pairs)]
+    return fit(world, net, loss, steps * arm["length"], world.lr, arm["decay"], arm["warmup"])
 
-@torch.no_grad()
-def judged(world, flow, pairs):
-    """The loss of reflow (b = 0) on stored and on new pairs, and how far its precise ends are from these."""
-    few, row = slice(-256, None), {}
-    row["map"] = sf.l2(ends(world, flow, few), world.data[few]).mean().sqrt().item()
-    for name, rows in (("stored", slice(min(pairs, HELD_OUT))), ("new", slice(-HELD_OUT, None))):
-        z, x = world.noise[rows], world.data[rows]
-        t = (torch.arange(len(z)) + 0.5) / len(z)  # each pair at another time
-        row[name] = sf.rectified_flow_loss(flow, z, x, t=t).item()
-    return row
+def to_the_2_flow(student, flow, noise, distance, nfe):
+    """The 2-flow's own end as the target, in so many evaluations."""
+    return sf.distillation_loss(student, noise, sf.sample(flow, noise, nfe=nfe)[0], distance)
 
-def two_step(flow, noise, t, y=None):
-    """Two Euler steps of one flow, which meet at t [B]: what the paper's equation guides by."""
-    return sf.last_step(flow, sf.interpolate(noise, sf.one_step(flow, noise, y), t), t, y)
+def at_any_time(student, flow, noise, distance):
+    """Guidance with t ~ U(0, 1)."""
+    return sf.guidance_loss(student, flow, noise, distance, t=torch.rand(len(noise)))
 
-def both_steps_loss(student, flow, noise, distance):
-    """Guidance as in the paper's equation: both steps of the target are the 2-flow's."""
-    target = torch.no_grad()(two_step)(flow, noise, 0.2 + 0.6 * torch.rand(len(noise)))
-    return distance(sf.one_step(student, noise), target).mean()
+GUIDE = sf.guidance_loss
+WAYS = {  # of distillation: passes of a step (a backward pass is two), weights of pairs and guide, the guide
+    "naive": (3, 1, 0, None), "guided": (7, 1, 1, GUIDE), "guidance alone": (4, 0, 1, GUIDE),
+    "guided with w 0.5": (7, 1, 0.5, GUIDE), "guided with w 2": (7, 1, 2, GUIDE),
+    "guided with any t": (7, 1, 1, at_any_time),
+    **{f"fresh with {k} evaluations": (3 + k, 0, 1, partial(to_the_2_flow, nfe=k)) for k in (2, 4, 12)},
+}
 
-def distilled(world, flow, how, pairs, data, guide=None):
-    """A student from a 2-flow, on the first pairs (noise, data), in a way of COST, or by your guide."""
-    guide = guide or (both_steps_loss if how == "both steps by the 2-flow" else sf.guidance_loss)
+def distilled(world, flow, how, noise, data, steps=None, guide=None):
+    """A student from a 2-flow, on pairs, in a way of WAYS, or by your guide; at equal cost."""
+    cost, pairs, weight, usual = WAYS[how]
 
     def loss(student, step):
-        i, value = torch.randint(pairs, (BATCH,)), 0.0
-        if how != "guidance alone":
-            value = sf.distillation_loss(student, world.noise[i], data[i], world.D)
-        return value if "naive" in how else value + guide(student, flow, torch.randn_like(data[i]), world.D)
+        i, value = torch.randint(len(noise), (BATCH,)), 0.0
+        if pairs:
+            value = sf.distillation_loss(student, noise[i], data[i], world.D)
+        if weight:
+            value = value + weight * (guide or usual)(student, flow, torch.randn_like(noise[i]), world.D)
+        return value
 
     student = copy.deepcopy(flow).requires_grad_(True)
-    return fit(world, student, loss, world.guided_steps * COST["guided"] / COST[how], world.distill_lr)
+    return fit(world, student, loss, steps or world.guided_steps * 7 / cost, world.distill_lr)
 
 # ---- The experiments yield rows: a file's name, and its columns --------------------------------------------
-def annealing(world, pairs, steps, start, rate="falling", students=False):
-    """One 2-flow, how it got there, and where asked the students that are distilled from it."""
-    case = dict(pairs=pairs, steps=steps, start=start, rate=rate)
-    flow, curve = two_flow(world, pairs, steps, start, rate)
-    for row in curve:
-        yield "curves", case | row
-    yield "annealing", case | dict(how="precise 2-flow") | world.distances(flow, world.precise)
-    yield "annealing", case | dict(how="2-flow") | world.distances(flow)
-    for how in ("naive", "guided") if students else ():
-        student = distilled(world, flow, how, pairs, world.data)
-        yield "annealing", case | dict(how=how) | world.distances(student)
+def measured(world, flow, how, precise=False):
+    """A row: the network's distances, and its error on noise that no training saw."""
+    noise, data = new(world)
+    made = ends(world, flow, noise) if precise else sf.one_step(flow, noise)
+    error = sf.l2(made, data).mean().sqrt().item()
+    return dict(how=how, error=error) | world.distances(flow, world.precise if precise else 1)
 
-def guidance(world, seen, pairs, ways=("naive", "guided")):
-    """Students of few and many pairs, the teacher's or the 2-flow's own, and their errors on new ones."""
-    flow, _ = two_flow(world, seen, world.reflow_steps)
-    for targets, data in (("teacher's", world.data), ("own", ends(world, flow))):
-        for how in ("2-flow", *ways):
-            student = flow if how == "2-flow" else distilled(world, flow, how, pairs, data)
-            made = sf.one_step(student, world.noise[-HELD_OUT:])
-            rms = sf.l2(made, data[-HELD_OUT:]).mean().sqrt().item()
-            row = dict(seen=seen, targets=targets, pairs=pairs, how=how, error=rms)
-            yield "guidance", row | world.distances(student)
+def reflow_loss(flow, noise, data):
+    """The loss of reflow, without annealing, with each pair at another time."""
+    t = (torch.arange(len(noise)) + 0.5) / len(noise)
+    return sf.rectified_flow_loss(flow, noise, data, t=t).item()
+
+def annealing(world, pairs, steps, start):
+    """One 2-flow, and how well it fits the pairs it has seen and new ones."""
+    flow = two_flow(world, pairs, steps, start)
+    losses = dict(stored=reflow_loss(flow, *stored(world, pairs)), new=reflow_loss(flow, *new(world)))
+    for how in ("precise", "one step"):
+        row = dict(pairs=pairs, steps=steps, start=start) | losses
+        yield "annealing", row | measured(world, flow, how, how == "precise")
+
+def guidance(world, pairs):
+    """Students of one 2-flow at equal cost, and what more pairs would have done for the same."""
+    flow = two_flow(world, pairs, world.reflow_steps, "hold")
+    networks = {"one step": flow}
+    for how in WAYS if pairs == 512 else [how for how in WAYS if "guided with" not in how]:
+        networks[how] = distilled(world, flow, how, *stored(world, pairs))
+
+    # What guidance adds to naive steps, 4 passes, spent on pairs instead: the 2-flow's own, or the teacher's,
+    # whose network is 4 times as large. The number of steps is then that of guided.
+    steps = world.guided_steps
+    own = torch.randn(4 * BATCH * steps // world.evaluations, *world.fresh.shape[1:])
+    networks["own pairs"] = distilled(world, flow, "naive", own, ends(world, flow, own), steps)
+    more = len(own) // 4
+    richer = two_flow(world, pairs, world.reflow_steps, "hold", more)
+    networks["one step with more pairs"] = richer
+    networks["naive with more pairs"] = distilled(world, richer, "naive", *stored(world, pairs, more), steps)
+
+    for how, network in networks.items():
+        yield "guidance", dict(pairs=pairs) | measured(world, network, how)
+    yield "guidance", dict(pairs=pairs) | measured(world, flow, "precise", True)
+    yield "guidance", dict(pairs=pairs) | measured(world, richer, "precise with more pairs", True)
 
 def methods(world):
     """One step of each method of notebook 6, by the notebook's own cells up to its results."""
@@ -189,18 +222,18 @@ def methods(world):
     for name, distance in names["RESULTS"].items():
         yield "methods", dict(method=name, distance=distance)
 
-ABC, WAYS, FEW = ("plain", "linear", "hold"), tuple(COST), (6_000, 1_024)
+ABC, DOSE = ("plain", "linear", "hold"), [start for start in STARTS if "hold at" in start or "fixed" in start]
+OTHERS = [start for start in STARTS if start not in (*ABC, *DOSE, "hold on real data")]
 CASES = {  # by experiment and world: (number of seeds, arguments)
     ("annealing", "digits"): [
-        *[(3, (512, 4_000, start, "falling", True)) for start in ABC],
-        *[(3, (512, 4_000, start, "constant")) for start in ABC],
-        *[(3, (pairs, 4_000, start)) for pairs in (1_500, 256, 6_000) for start in ABC],
-        *[(5, (512, 4_000, start)) for start in STARTS if start not in ABC]],
+        *[(8, (512, 4_000, start)) for start in ("plain", "hold", *DOSE)],
+        *[(3, (512, 4_000, start)) for start in ("linear", *OTHERS)],
+        *[(3, (pairs, 4_000, start)) for pairs in (256, 1_500, 6_000) for start in ABC]],
     ("annealing", "plane"): [
         (5, (pairs, steps, start)) for pairs, steps in ((64, 500), (64, 2_000), (65_536, 2_000))
-        for start in STARTS],
-    ("guidance", "digits"): [(3, case) for case in ((256, 256), (1_024, 1_024, WAYS), (6_000, 6_000), FEW)],
-    ("guidance", "plane"): [*[(5, (n, n, WAYS)) for n in (32, 256, 1_024, 6_000)], (5, FEW)],
+        for start in (*ABC, "hold on real data")],
+    ("guidance", "digits"): [(3, (pairs,)) for pairs in (512, 256, 1_500)],
+    ("guidance", "plane"): [(5, (pairs,)) for pairs in (32, 256, 1_024, 6_000)],
     ("methods", "plane"): [(5, ())],
 }
 WORLDS = dict(plane=cache(Plane), digits=cache(Digits))
