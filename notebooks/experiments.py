@@ -268,6 +268,7 @@ if __name__ == "__main__":
                 cells = [f"{x:.4g}" if isinstance(x, float) else f"{x}" for x in row.values()]
                 with open(HERE / file, "a") as lines:
                     if lines.tell() == 0:
-                        lines.write(f"# {' '.join(sys.argv)}, torch {torch.__version__}, {np.datetime64('today')}\n")
+                        command = " ".join(sys.argv)
+                        lines.write(f"# {command}, torch {torch.__version__}, {np.datetime64('today')}\n")
                         lines.write(",".join(row) + "\n")
                     lines.write(",".join(cells) + "\n")
