@@ -1020,7 +1020,7 @@ def sample_images(run, ckpt=None, n=64, nfe=None, npz=None, label=None):
 
 # ---- 8. Command line ---------------------------------------------------------------------------------------
 COMMANDS = """commands:
-  all                                  every stage, then the table (digits: with rivals)
+  all                                  every stage, then the table
   train, pairs, reflow, own, distill   one stage, and first those that it needs
   eval, sample                         the table of every finished network; images of one"""
 SETTINGS = """
