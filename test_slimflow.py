@@ -843,8 +843,8 @@ def test_straightness_is_zero_for_straight_flows_only_and_a_shift_has_its_distan
     assert moved == pytest.approx(3 * 2 / math.pi, rel=1e-3)  # mean over directions of |3 cos|
 
 def test_toy_draws_its_pictures(tmp_path, monkeypatch, capsys):
-    for stage in ("TRAIN", "DISTILL"):
-        monkeypatch.setattr(toy2d, stage, dict(steps=5, lr=1e-3))
+    for name, value in dict(TRAIN=dict(steps=5, lr=1e-3), DISTILL=dict(steps=5, lr=1e-3), FRAMES=5).items():
+        monkeypatch.setattr(toy2d, name, value)
     monkeypatch.setattr(sys, "argv", ["toy2d.py", "--out", str(tmp_path), "--target", "moons"])
     toy2d.main()
     assert min((tmp_path / name).stat().st_size for name in ("toy2d.png", "toy2d.gif")) > 10_000
@@ -892,9 +892,9 @@ def test_readmes_python_runs_and_its_links_lead_somewhere(finished):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     (code,), names = re.findall(r"```python\n(.*?)```", readme, re.DOTALL), {}
     exec(code, names)
-    noise = torch.randn(5, 1, 8, 8)
-    exported = noise + torch.export.load("student.pt2").module()(noise, torch.full((5,), sf.T0))
-    torch.testing.assert_close(exported, sf.one_step(names["flow"], noise))
+    example = torch.randn(5, 1, 8, 8), torch.full((5,), sf.T0)
+    exported = torch.export.export(names["flow"], example).module()
+    torch.testing.assert_close(example[0] + exported(*example), sf.one_step(names["flow"], example[0]))
     linked = set(re.findall(r"\]\((?!http|#)([^)#]+)", readme))
     assert [path for path in linked if not (HERE / path).exists()] == []
     assert linked >= {f"notebooks/{path.name}" for path in (HERE / "notebooks").glob("*.ipynb")}

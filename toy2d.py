@@ -1,28 +1,29 @@
-"""Straightening in two dimensions: the stages of SlimFlow as paths from a Gaussian to a shape you can see.
+"""How paths straighten, in two dimensions: every stage of SlimFlow in a minute.
 
-python toy2d.py [--target 8gaussians|moons|spiral|checkerboard]
+python toy2d.py [--target moons|8gaussians|spiral|checkerboard]
 
-Draws toy2d.png (random pairs, then the paths of each network, side by side) and toy2d.gif (the same, moving).
-Prints how straight the paths are and how far the samples are from the target.
+Draws toy2d.png (random pairs, the teacher's paths, its pairs, the 2-flow's paths; then one step of each) and
+toy2d.gif (annealing reflow while it trains). Prints how straight the paths are, and how far samples are from
+the target.
 """
 
 import argparse
+import copy
 import math
 from pathlib import Path
 
 import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.figure import Figure
 from torch import nn
 
 import slimflow as sf
 
-N_PAIRS, BATCH = 20_000, 512
+N_PAIRS, BATCH, FRAMES = 20_000, 512, 50  # frames of the movie
 TRAIN = dict(steps=4_000, lr=3e-3, warmup=50, decay=0.5)
 DISTILL = dict(steps=1_500, lr=1e-3, warmup=50, decay=0.5)
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Targets: n points [n, 2]
-
+# ---- Targets: n points [n, 2] ------------------------------------------------------------------------------
 def eight_gaussians(n):
     """Eight blobs on a circle."""
     angle = torch.randint(8, (n,)) * (math.pi / 4)
@@ -47,13 +48,9 @@ def checkerboard(n):
 
 TARGETS = {"8gaussians": eight_gaussians, "moons": moons, "spiral": spiral, "checkerboard": checkerboard}
 
-
-# ------------------------------------------------------------------------------------------------------------
-# The flow and the four stages
-
+# ---- The flow and the stages -------------------------------------------------------------------------------
 class MLP(nn.Module):
     """Velocity v(x, t) in the plane: x [B, 2], t [B] -> [B, 2]."""
-
     def __init__(self, width):
         super().__init__()
         sizes = [2 + 8, width, width, width]
@@ -65,8 +62,10 @@ class MLP(nn.Module):
         return self.net(torch.cat([x, angle.sin(), angle.cos()], dim=1))
 
 def train_all(draw, seed):
-    """The teacher, the small 2-rectified flow by annealing reflow, and the student distilled from it."""
+    """Teacher, 2-flow by annealing reflow, and student; the pairs; and the movie of reflow.
 
+    The movie has the 2-flow as it was during its training: a list of (step, beta, network).
+    """
     def flow_loss(flow, step):
         data = draw(BATCH)
         return sf.rectified_flow_loss(flow, torch.randn_like(data), data)
@@ -76,10 +75,13 @@ def train_all(draw, seed):
     torch.manual_seed(seed)
     noise = torch.randn(N_PAIRS, 2)
     data, _ = sf.sample(teacher, noise, nfe=0)
+    movie = []
 
     def reflow_loss(flow, step):
         i = torch.randint(N_PAIRS, (BATCH,))
-        beta = sf.anneal_beta(step, TRAIN["steps"] // 3)
+        beta = sf.anneal_beta(step, TRAIN["steps"] // 2)
+        if step % (TRAIN["steps"] // FRAMES) == 0:
+            movie.append((step, beta, copy.deepcopy(flow).requires_grad_(False)))
         return sf.rectified_flow_loss(flow, sf.annealed_noise(noise[i], beta), data[i])
 
     two_flow, _ = sf.fit(MLP(64), reflow_loss, **TRAIN, name="2-flow", seed=seed)
@@ -92,7 +94,7 @@ def train_all(draw, seed):
     student = MLP(64)
     student.load_state_dict(two_flow.state_dict())
     student, _ = sf.fit(student, distill_loss, **DISTILL, name="student", seed=seed)
-    return teacher, two_flow, student
+    return {"teacher": teacher, "2-flow": two_flow, "student": student}, (noise, data), movie
 
 def straightness(flow, noise, nfe=20):
     """Mean of |x_1 - x_0 - v(x_t, t)|^2 over elements and Euler's path: 0 if all paths are straight lines."""
@@ -106,82 +108,79 @@ def sliced_wasserstein(a, b, directions=200):
     normal = torch.stack([angle.cos(), angle.sin()])  # (2, directions)
     return ((a @ normal).sort(dim=0)[0] - (b @ normal).sort(dim=0)[0]).abs().mean().item()
 
+# ---- Pictures ----------------------------------------------------------------------------------------------
+def draw(axes, title, target, points=None, states=None):
+    """The target in grey, and over it points [n, 2], or the states [k, n, 2] of lines from noise to data."""
+    axes.clear()
+    axes.scatter(*target[:2_000].T, s=3, color="0.85", linewidths=0)
+    if points is not None:
+        axes.scatter(*points[:1_000].T, s=5, color="#D55E00", linewidths=0)
+    if states is not None:
+        axes.plot(*states.permute(2, 0, 1), color="#0072B2", lw=1, alpha=0.8)
+        axes.scatter(*states[0].T, s=12, color="#E69F00", zorder=3, label="noise, t = 0")
+        axes.scatter(*states[-1].T, s=12, color="black", zorder=3, label="data, t = 1")
+    axes.set(aspect="equal", xlim=(-3.6, 3.6), ylim=(-3.6, 3.6), xticks=[], yticks=[])
+    axes.set_title(title, fontsize=10)
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
+def paths(flow, noise, nfe=50):
+    """All states of Euler's steps, [nfe + 1, n, 2]."""
+    return torch.stack([x for _, x, _ in sf.euler(flow, noise, nfe=nfe)])
 
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#666666"]
+def draw_summary(path, networks, pairs, noise, target):
+    """Above, how paths straighten; below, what one step of each network makes of noise."""
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    grid, lines = figure.subplots(2, 4), torch.stack([x[:50] for x in pairs])
+    teacher, two_flow, _ = networks.values()
+    above = [
+        ("1. random pairs: the lines cross", torch.stack([noise[:50], target[:50]])),
+        (f"2. so the teacher's paths bend: {straightness(teacher, noise):.3f}", paths(teacher, lines[0])),
+        ("3. its pairs: the lines hardly cross", lines),
+        (f"4. so the 2-flow's are straight: {straightness(two_flow, noise):.3f}", paths(two_flow, lines[0])),
+    ]
+    for axes, (title, states) in zip(grid[0], above):
+        draw(axes, title, target, states=states)
+    grid[0, 0].legend(loc="lower left", fontsize=8)
+    for axes, (name, flow) in zip(grid[1], networks.items()):
+        made = sf.one_step(flow, noise)
+        draw(axes, f"{name}, one step: distance {sliced_wasserstein(made, target):.2f}", target, made)
+    draw(grid[1, 3], "the target", target, target)
+    figure.savefig(path, dpi=100)
 
-def sector(points):
-    """In which eighth of the plane each point [n, 2] lies, 0 to 7: for the eight Gaussians, its blob."""
-    return (torch.atan2(points[:, 1], points[:, 0]) / (math.pi / 4)).round().long() % 8
+def draw_movie(path, movie, pairs, target):
+    """Reflow while it trains: its annealed pairs, the network's paths, and what it makes in one step."""
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    panels, (noise, data), fresh = figure.subplots(1, 3), pairs, torch.randn(50, 2)
 
-def axes_row(target, titles):
-    """A figure with one square panel for each title, the target in grey behind it."""
-    from matplotlib.figure import Figure
+    def show(k):
+        step, beta, flow = movie[min(k, len(movie) - 1)]  # the last one stands still
+        annealed = (1 - beta**2) ** 0.5 * noise[:50] + beta * fresh
+        draw(panels[0], f"pairs, beta {beta:.2f}", target, states=torch.stack([annealed, data[:50]]))
+        draw(panels[1], f"paths after {step:,} steps", target, states=paths(flow, noise[:50]))
+        draw(panels[2], "one step", target, sf.one_step(flow, noise[:1_000]))
 
-    figure = Figure(figsize=(3.6 * len(titles), 3.9), layout="constrained")
-    panels = figure.subplots(1, len(titles))
-    for axes, title in zip(panels, titles):
-        axes.scatter(*target[:2000].T, s=2, color="0.8", linewidths=0)
-        axes.set(title=title, aspect="equal", xlim=(-4, 4), ylim=(-4, 4), xticks=[], yticks=[])
-    return figure, panels
-
-def draw_paths(path, stages, target):
-    """The paths of 100 particles in each stage: (title, states [k, n, 2])."""
-    figure, panels = axes_row(target, [title for title, _ in stages])
-    for axes, (_, states) in zip(panels, stages):
-        axes.plot(*states[:, :100].permute(2, 0, 1), color="#0072B2", lw=0.8, alpha=0.7)
-        axes.scatter(*states[0, :100].T, s=8, color="#E69F00", zorder=3, label="noise, t = 0")
-        axes.scatter(*states[-1, :100].T, s=8, color="black", zorder=3, label="data, t = 1")
-    panels[0].legend(loc="lower left", fontsize=8)
-    figure.savefig(path, dpi=110)
-
-def draw_particles(path, stages, target, frames=40):
-    """The particles of each stage, moving from t = 0 to t = 1, in the colour of their end's eighth."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
-
-    figure, panels = axes_row(target, [title for title, _ in stages])
-    dots = []
-    for axes, (_, states) in zip(panels, stages):
-        dots.append(axes.scatter(*states[0, :600].T, s=5, c=[COLOURS[k] for k in sector(states[-1, :600])]))
-    clock = panels[0].text(-3.8, -3.8, "")
-
-    def show(frame):
-        u = min(frame / (frames - 10), 1)  # the last frames stand still
-        for dot, (_, states) in zip(dots, stages):
-            i = u * (len(states) - 1)
-            k = min(int(i), len(states) - 2)
-            dot.set_offsets(torch.lerp(states[k], states[k + 1], i - k)[:600])
-        clock.set_text(f"t = {u:.2f}")
-        return [*dots, clock]
-
-    FuncAnimation(figure, show, frames=frames).save(path, writer=PillowWriter(fps=15), dpi=60)
+    FuncAnimation(figure, show, frames=len(movie) + 15).save(path, writer=PillowWriter(fps=8), dpi=60)
 
 def main():
     """Train, measure, draw."""
-    parser = argparse.ArgumentParser(description="The stages of SlimFlow in two dimensions.")
-    parser.add_argument("--target", choices=TARGETS, default="8gaussians", help="default: 8gaussians")
+    parser = argparse.ArgumentParser(description="Every stage of SlimFlow in two dimensions.")
+    parser.add_argument("--target", choices=TARGETS, default="moons", help="default: moons")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the pictures; default: .")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    teacher, two_flow, student = train_all(TARGETS[args.target], args.seed)
+    networks, pairs, movie = train_all(TARGETS[args.target], args.seed)
     torch.manual_seed(args.seed + 1)
     noise, target = torch.randn(10_000, 2), TARGETS[args.target](10_000)
-    stages = [("random pairs: the lines cross", torch.stack([noise, target]))]
-    rows = [("", "parameters", "straightness", "evaluations", "distance", "in 1 step")]
-    for name, flow, steps in (("teacher", teacher, 100), ("2-flow", two_flow, 100), ("student", student, 1)):
-        states = torch.stack([x for _, x, _ in sf.euler(flow, noise, nfe=steps)])
-        many, one = (sliced_wasserstein(x, target) for x in (states[-1], sf.one_step(flow, noise)))
+    rows = [("", "parameters", "straightness", "100 steps", "one step")]
+    for name, flow in networks.items():
         size, bend = sum(p.numel() for p in flow.parameters()), straightness(flow, noise)
-        rows.append((name, size, f"{bend:.4f}", steps, f"{many:.3f}", f"{one:.3f}"))
-        stages.append((f"{name}: {steps} Euler step{'s' * (steps > 1)}", states))
+        many, one = (sliced_wasserstein(paths(flow, noise, nfe)[-1], target) for nfe in (100, 1))
+        rows.append((name, size, f"{bend:.4f}", f"{many:.3f}", f"{one:.3f}"))
     floor = sliced_wasserstein(TARGETS[args.target](10_000), target)
-    sf.print_table([*rows, ("floor: two draws of the target", "", "", "", f"{floor:.3f}", "")])
-    print("distances: sliced Wasserstein, of 10,000 samples")
-    draw_paths(args.out / "toy2d.png", stages, target)
-    draw_particles(args.out / "toy2d.gif", stages, target)
+    sf.print_table([*rows, ("two draws of the target", "", "", f"{floor:.3f}", "")])
+    print("straightness: 0 if all paths are straight; steps: sliced Wasserstein distance of 10,000 samples")
+    draw_summary(args.out / "toy2d.png", networks, pairs, noise, target)
+    draw_movie(args.out / "toy2d.gif", movie, pairs, target)
 
 if __name__ == "__main__":
     main()
