@@ -1,8 +1,9 @@
 """The experiments behind notebooks 2, 3 and 6: annealing, guidance, and other one-step methods.
 
-`python notebooks/experiments.py annealing|guidance|methods plane|digits` (methods: plane only)
-adds to CSV files beside this script the cases that are missing, by two processes of one thread. Each seed has
-its own teacher, pairs and networks. What was expected of each case is in predictions.md.
+`python notebooks/experiments.py annealing|guidance plane|digits|icons` adds to CSV files beside this script
+the cases that are missing, by two processes of one thread; `methods plane` too. Each seed has its own teacher
+(the icons have one), pairs and networks; worlds.py and colour.py make them. What was expected of each case is
+in predictions.md.
 """
 
 import copy
@@ -10,27 +11,22 @@ import json
 import sys
 from functools import cache, partial
 from multiprocessing import get_context
-from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+import numpy as np
+import torch
+from colour import Icons
+from worlds import HELD_OUT, HERE, Digits, Plane, sf
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import slimflow as sf  # noqa: E402
-import toy2d  # noqa: E402
-
-HELD_OUT, BATCH = 1_024, 64  # pairs on which nothing is trained; pairs of a step
-FIRST = {512: 0, 256: 512, 1_500: 768, 6_000: 2_268}  # of so many pairs; they are not those of other numbers
+BATCH = 64
+FIRST = {512: 0, 256: 512, 3_000: 512, 1_500: 768, 6_000: 2_268}  # the first of so many, new for each number
 PLAIN = dict(  # a 2-flow from random weights, without annealing; lengths are shares of the steps
-    schedule="linear", share=0, b0=1, fixed_noise=False, real_data=False, network={}, weight_decay=0.0,
+    schedule="linear", share=0, b0=1, fixed_noise=False, network={}, weight_decay=0.0,
     length=1, warmup=1 / 20, decay=0.6)
 HOLD = dict(schedule="hold", share=3 / 8)
 STARTS = {  # what differs from it
     "plain": {}, "linear": dict(share=3 / 8), "hold": HOLD,
     **{f"hold at {b0}": HOLD | dict(b0=b0) for b0 in (0.97, 0.95, 0.9, 0.8, 0.5)},
-    "hold with fixed noise": HOLD | dict(fixed_noise=True), "hold on real data": HOLD | dict(real_data=True),
+    "hold with fixed noise": HOLD | dict(fixed_noise=True),
     "plain with hold's last steps": dict(length=5 / 8, warmup=0, decay=0.96),  # its rates after the drop
     **{f"dropout {p}": dict(network=dict(dropout=p)) for p in (0.05, 0.15, 0.3)},
     **{f"weight decay {w}": dict(weight_decay=w) for w in (0.01, 0.1, 1.0)},
@@ -39,71 +35,15 @@ STARTS = {  # what differs from it
 }
 STYLE = {  # a colour and a marker for each network, the same in all notebooks
     "teacher": ("#D55E00", "s"), "2-flow": ("#0072B2", "o"), "plain": ("#0072B2", "o"),
-    "linear": ("#56B4E9", "D"), "hold": ("#000000", "*"), "hold on real data": ("#CC79A7", "^"),
+    "linear": ("#56B4E9", "D"), "hold": ("#000000", "*"),
     "naive": ("#999933", "X"), "guided": ("#882255", "P"), "guidance alone": ("#44AA99", ">"),
 }
-
-# ---- Two worlds: a trained teacher, its pairs, real data, and a distance to them ---------------------------
-class Plane:
-    """Eight Gaussians in the plane. Distance: sliced Wasserstein's, of 10,000 points."""
-    network, draw = staticmethod(partial(toy2d.MLP, 64)), staticmethod(toy2d.TARGETS["8gaussians"])
-    D = staticmethod(sf.l2)  # of the distillation
-    lr, distill_lr, precise, evaluations = 3e-3, 1e-3, 0, 60  # precise: by rk45, in about so many
-    reflow_steps, guided_steps = 4_000, 1_500
-    def __init__(self, seed, scale=1.0):
-        self.seed, self.scale = seed, scale
-        training = toy2d.TRAIN | dict(steps=round(toy2d.TRAIN["steps"] * scale), seed=seed)
-        torch.manual_seed(seed)
-        self.teacher, _ = sf.fit(toy2d.MLP(128), partial(flow_loss, self, toy2d.BATCH), **training)
-        self.noise, self.fresh = torch.randn(65_536 + HELD_OUT, 2), torch.randn(10_000, 2)
-        self.data, self.target = ends(self, self.teacher, self.noise), self.draw(10_000)
-
-    def distances(self, flow, nfe=1):
-        made, _ = sf.sample(flow, self.fresh, nfe=nfe)
-        return dict(distance=toy2d.sliced_wasserstein(made, self.target))
-
-@cache
-def judge():
-    """The digits' features, the scans that train, and those that are only compared with."""
-    return sf.features_and_images(sf.Run(device="cpu"))
-
-class Digits:
-    """The digits. Distance: Frechet's of 5,000 images, as they are and at the real digits' contrast."""
-    D, network = staticmethod(sf.huber), staticmethod(partial(sf.UNet, **sf.digits["networks"]["small"]))
-    lr, distill_lr, precise, evaluations = 4e-3, 2e-3, 12, 12
-    reflow_steps, guided_steps, scale = 4_000, 800, 1.0
-    def __init__(self, seed):
-        self.seed, n = seed, (8_268 if seed < 3 else 512) + HELD_OUT
-        settings = dict(train=dict(seed=seed), pairs=dict(n=n, seed=seed))
-        run = sf.Run(out=f"runs/experiments/{seed}", device="cpu", settings=settings)
-        sf.make(run, "pairs")
-        self.noise, self.data, _ = (torch.cat(x).float() for x in zip(*sf.load_pairs(run, "pairs")))
-        self.fresh, self.y = sf.fixed_noise(run, 5_000, seed=4321)
-
-    def draw(self, n):
-        _, images, _ = judge()
-        return sf.to_float(images[torch.randint(len(images), (n,))])
-
-    def distances(self, flow, nfe=1):
-        features, _, real = judge()
-        made = torch.cat(list(sf.generate(flow, self.fresh, self.y, nfe)))
-        x, wanted = sf.to_float(made), sf.to_float(real).var(dim=0).sum()
-        contrast = (x.var(dim=0).sum() / wanted).item()  # pixel variance, made over real
-        matched = sf.to_uint8(x.mean(dim=0) + (x - x.mean(dim=0)) / contrast**0.5)
-        raw, equal = (sf.frechet_distance(*sf.moments([features(i)]), *sf.moments([features(real)]))
-                      for i in (made, matched))
-        return dict(distance=raw, matched=equal, contrast=contrast)
 
 # ---- What is trained ---------------------------------------------------------------------------------------
 def fit(world, net, loss, steps, lr, decay=0.6, warmup=1 / 20):
     """Train a network for so many steps, by the world's scale; its warm-up and decay are shares of them."""
     steps = max(1, round(steps * world.scale))
     return sf.fit(net, loss, steps, lr, round(steps * warmup), decay, seed=world.seed)[0]
-
-def flow_loss(world, batch, flow, step):
-    """The loss of `train`, on real data and independent noise."""
-    data = world.draw(batch)
-    return sf.rectified_flow_loss(flow, torch.randn_like(data), data)
 
 def ends(world, flow, noise):
     """The precise ends of a flow's ODE."""
@@ -131,8 +71,6 @@ def two_flow(world, pairs, steps, start="linear", more=0):
         i = torch.randint(len(noise), (BATCH,))
         z, x = noise[i], data[i]
         beta = arm["b0"] * sf.anneal_beta(step, arm["share"] * length, arm["schedule"])
-        if arm["real_data"] and beta == 1:  # in place of the pairs' images
-            x = world.draw(BATCH)
         if arm["fixed_noise"] and beta == 1:  # the same for a pair in each step
             z, beta = fixed[i], 0
         return sf.rectified_flow_loss(flow, sf.annealed_noise(z, beta), x)
@@ -154,6 +92,7 @@ WAYS = {  # of distillation: passes of a step (a backward pass is two), weights 
     "guided with any t": (7, 1, 1, at_any_time),
     **{f"fresh with {k} evaluations": (3 + k, 0, 1, partial(to_the_2_flow, nfe=k)) for k in (2, 4, 12)},
 }
+GROUPS = dict(all=WAYS, main=[how for how in WAYS if "guided with" not in how], two=["naive", "guided"])
 
 def distilled(world, flow, how, noise, data, steps=None, guide=None):
     """A student from a 2-flow, on pairs, in a way of WAYS, or by your guide; at equal cost."""
@@ -170,7 +109,7 @@ def distilled(world, flow, how, noise, data, steps=None, guide=None):
     student = copy.deepcopy(flow).requires_grad_(True)
     return fit(world, student, loss, steps or world.guided_steps * 7 / cost, world.distill_lr)
 
-# ---- The experiments yield rows: a file's name, and its columns --------------------------------------------
+# ---- The experiments yield rows ----------------------------------------------------------------------------
 def measured(world, flow, how, precise=False):
     """A row: the network's distances, and its error on noise that no training saw."""
     noise, data = new(world)
@@ -189,29 +128,31 @@ def annealing(world, pairs, steps, start):
     losses = dict(stored=reflow_loss(flow, *stored(world, pairs)), new=reflow_loss(flow, *new(world)))
     for how in ("precise", "one step"):
         row = dict(pairs=pairs, steps=steps, start=start) | losses
-        yield "annealing", row | measured(world, flow, how, how == "precise")
+        yield row | measured(world, flow, how, how == "precise")
 
-def guidance(world, pairs):
+def guidance(world, pairs, ways):
     """Students of one 2-flow at equal cost, and what more pairs would have done for the same."""
     flow = two_flow(world, pairs, world.reflow_steps, "hold")
     networks = {"one step": flow}
-    for how in WAYS if pairs == 512 else [how for how in WAYS if "guided with" not in how]:
+    for how in GROUPS[ways]:
         networks[how] = distilled(world, flow, how, *stored(world, pairs))
 
-    # What guidance adds to naive steps, 4 passes, spent on pairs instead: the 2-flow's own, or the teacher's,
-    # whose network is 4 times as large. The number of steps is then that of guided.
-    steps = world.guided_steps
-    own = torch.randn(4 * BATCH * steps // world.evaluations, *world.fresh.shape[1:])
-    networks["own pairs"] = distilled(world, flow, "naive", own, ends(world, flow, own), steps)
-    more = len(own) // 4
-    richer = two_flow(world, pairs, world.reflow_steps, "hold", more)
-    networks["one step with more pairs"] = richer
-    networks["naive with more pairs"] = distilled(world, richer, "naive", *stored(world, pairs, more), steps)
+    if ways != "two":
+        # What guidance adds to naive steps, 4 passes, spent on pairs instead: the 2-flow's own, or the
+        # teacher's, whose network is 4 times as large. The number of steps is then that of guided.
+        steps = world.guided_steps
+        own = torch.randn(4 * BATCH * steps // world.evaluations, *world.fresh.shape[1:])
+        networks["own pairs"] = distilled(world, flow, "naive", own, ends(world, flow, own), steps)
+        more = len(own) // 4
+        richer = two_flow(world, pairs, world.reflow_steps, "hold", more)
+        networks["one step with more pairs"] = richer
+        networks["naive with more pairs"] = distilled(
+            world, richer, "naive", *stored(world, pairs, more), steps)
+        yield dict(pairs=pairs) | measured(world, richer, "precise with more pairs", True)
 
+    yield dict(pairs=pairs) | measured(world, flow, "precise", True)
     for how, network in networks.items():
-        yield "guidance", dict(pairs=pairs) | measured(world, network, how)
-    yield "guidance", dict(pairs=pairs) | measured(world, flow, "precise", True)
-    yield "guidance", dict(pairs=pairs) | measured(world, richer, "precise with more pairs", True)
+        yield dict(pairs=pairs) | measured(world, network, how)
 
 def methods(world):
     """One step of each method of notebook 6, by the notebook's own cells up to its results."""
@@ -220,28 +161,34 @@ def methods(world):
         if cell["cell_type"] == "code" and "RESULTS" not in names:
             exec("".join(cell["source"]).replace("experiments.Plane(0, SCALE)", "world"), names)
     for name, distance in names["RESULTS"].items():
-        yield "methods", dict(method=name, distance=distance)
+        yield dict(method=name, distance=distance)
 
 ABC, DOSE = ("plain", "linear", "hold"), [start for start in STARTS if "hold at" in start or "fixed" in start]
-OTHERS = [start for start in STARTS if start not in (*ABC, *DOSE, "hold on real data")]
-CASES = {  # by experiment and world: (number of seeds, arguments)
+OTHERS = [start for start in STARTS if start not in (*ABC, *DOSE)]
+CASES = {  # by experiment and world: (seeds, arguments)
     ("annealing", "digits"): [
-        *[(8, (512, 4_000, start)) for start in ("plain", "hold", *DOSE)],
-        *[(3, (512, 4_000, start)) for start in ("linear", *OTHERS)],
-        *[(3, (pairs, 4_000, start)) for pairs in (256, 1_500, 6_000) for start in ABC]],
+        *[(range(3), (512, 4_000, start)) for start in (*ABC, *DOSE, *OTHERS)],
+        *[(range(3), (pairs, 4_000, start)) for pairs in (256, 1_500, 6_000) for start in ABC],
+        *[(range(3, 8), (512, 4_000, start)) for start in ("plain", "hold", *DOSE)]],
     ("annealing", "plane"): [
-        (5, (pairs, steps, start)) for pairs, steps in ((64, 500), (64, 2_000), (65_536, 2_000))
-        for start in (*ABC, "hold on real data")],
-    ("guidance", "digits"): [(3, (pairs,)) for pairs in (512, 256, 1_500)],
-    ("guidance", "plane"): [(5, (pairs,)) for pairs in (32, 256, 1_024, 6_000)],
-    ("methods", "plane"): [(5, ())],
+        (range(5), (pairs, steps, start)) for start in ABC
+        for pairs, steps in ((64, 500), (64, 2_000), (65_536, 2_000))],
+    ("annealing", "icons"): [(range(3), (pairs, 1_600, start)) for pairs in (512, 3_000) for start in ABC],
+    ("guidance", "digits"): [(range(3), case) for case in ((512, "all"), (256, "main"), (1_500, "main"))],
+    ("guidance", "plane"): [(range(5), (pairs, "main")) for pairs in (32, 256, 1_024, 6_000)],
+    ("guidance", "icons"): [(range(3), (512, "two"))],
+    ("methods", "plane"): [(range(5), ())],
 }
-WORLDS = dict(plane=cache(Plane), digits=cache(Digits))
+WORLDS = dict(plane=cache(Plane), digits=cache(Digits), icons=cache(Icons))
 
-def work(experiment, name, task):  # a generator cannot leave its process
-    seed, case, arguments = task
-    rows = globals()[experiment](WORLDS[name](seed), *arguments)
-    return [(f"{file}_{name}.csv", dict(seed=seed, case=case) | row) for file, row in rows]
+def work(task):
+    """The rows of one case, in a process of its own."""
+    experiment, world, seed, arguments = task
+    first = dict(seed=seed, case=named(arguments))
+    return [first | row for row in globals()[experiment](WORLDS[world](seed), *arguments)]
+
+def named(arguments):
+    return " ".join(map(str, arguments)) or "methods"
 
 def read(name, **case):
     """The rows of notebooks/<name>.csv that have these values, a structured array, seed by seed."""
@@ -256,19 +203,17 @@ def dots(axes, x, values, name, filled=False):
     axes.plot(x, np.exp(np.log(values).mean()), "_", color=colour, ms=18, mew=2.5)
 
 if __name__ == "__main__":
-    (experiment, world), tasks = sys.argv[1:], []
+    experiment, world = sys.argv[1:]
     path = HERE / f"{experiment}_{world}.csv"
-    there = {tuple(line.split(",")[:2]) for line in path.read_text().splitlines()} if path.exists() else ()
-    for seeds, case in CASES[experiment, world]:
-        name = " ".join(map(str, case)).replace(",", "") or experiment
-        tasks += [(seed, name, case) for seed in range(seeds) if (str(seed), name) not in there]
-    with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
-        for rows in pool.imap_unordered(partial(work, experiment, world), tasks):
-            for file, row in rows:
-                cells = [f"{x:.4g}" if isinstance(x, float) else f"{x}" for x in row.values()]
-                with open(HERE / file, "a") as lines:
-                    if lines.tell() == 0:
-                        command = " ".join(sys.argv)
-                        lines.write(f"# {command}, torch {torch.__version__}, {np.datetime64('today')}\n")
-                        lines.write(",".join(row) + "\n")
-                    lines.write(",".join(cells) + "\n")
+    there = path.read_text() if path.exists() else ""
+    tasks = [(experiment, world, seed, case) for seeds, case in CASES[experiment, world] for seed in seeds
+             if f"\n{seed},{named(case)}," not in there]
+    with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool, open(path, "a") as file:
+        for rows in pool.imap_unordered(work, tasks):
+            if file.tell() == 0:
+                command, today = " ".join(sys.argv), np.datetime64("today")
+                print(f"# {command}, torch {torch.__version__}, {today}", file=file)
+                print(*rows[0], sep=",", file=file)
+            for row in rows:
+                cells = [f"{x:.4g}" if isinstance(x, float) else x for x in row.values()]
+                print(*cells, sep=",", file=file, flush=True)
