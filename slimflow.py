@@ -948,13 +948,13 @@ def evaluate(run, networks, n=None):
         features = None
         print(f"the table has no {metric}: {fault}")
     table, images = [("row", "parameters", "MACs", "evaluations", metric)], []
-    few, many = fixed_noise(run, 12), fixed_noise(run, n, seed=4321)
+    few, many = fixed_noise(run, 8), fixed_noise(run, n, seed=4321)
     for name, path in networks.items():
         flow = load_flow(path, run.device)
         parameters = f"{sum(p.numel() for p in flow.parameters()):,}"
         macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
         teacher = path.parent.name.startswith("train")
-        for nfe in (run.settings["pairs"]["nfe"], 1) if teacher else (1,):
+        for nfe in (1, run.settings["pairs"]["nfe"]) if teacher else (1,):
             x, evaluations = sample(flow, *few, nfe)
             value = "-"
             if features:
@@ -969,7 +969,7 @@ def evaluate(run, networks, n=None):
         table.append(("copies", "", "", "", f"{frechet_distance(*copies, *target):.2f}"))
         table.append(("floor", "", "", "", f"{measure_floor(features(real), n):.2f}"))
     print_table(table)
-    save_pictures(run.root / "summary.png", torch.cat(images), 12, labels)
+    save_pictures(run.root / "summary.png", torch.cat(images), labels)
     print(f"distances of {n:,} images (those of other numbers differ); see {run.root / 'summary.png'}")
 
 def finished_networks(run):
@@ -986,15 +986,15 @@ def print_table(rows):
     for first, *rest in rows:
         print(f"{first:<{width}}", "".join(f"{cell:>13}" for cell in rest))
 
-def save_pictures(path, images, columns=8, labels=()):
-    """A PNG of images [N, C, H, W] in [-1, 1], in rows, with a label beside each row."""
+def save_pictures(path, images, labels=()):
+    """A PNG of images [N, C, H, W] in [-1, 1], eight in a row, with a label beside each row."""
     from matplotlib.figure import Figure
     x = F.pad(to_uint8(images.float().cpu()), (1, 1, 1, 1), value=255)  # a white frame
-    rows = x.expand(-1, 3, -1, -1).split(columns)
-    figure = Figure(figsize=(0.7 * columns, 0.7 * len(rows)))
+    rows = x.expand(-1, 3, -1, -1).split(8)
+    figure = Figure(figsize=(8, len(rows)))
     panels = figure.subplots(len(rows), squeeze=False, gridspec_kw=dict(hspace=0))
     for axes, row, label in itertools.zip_longest(panels.flat, rows, labels):
-        strip = torch.cat([*row], dim=2)  # (3, H, columns W)
+        strip = torch.cat([*row], dim=2)  # (3, H, 8 W)
         axes.imshow(strip.permute(1, 2, 0).numpy(), origin="upper", interpolation="nearest")
         axes.set(frame_on=False, xticks=[], yticks=[])
         axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
@@ -1022,24 +1022,24 @@ def sample_images(run, ckpt=None, n=64, nfe=None, npz=None, label=None):
 COMMANDS = """commands:
   all                                  every stage, then the table
   train, pairs, reflow, own, distill   one stage, and first those that it needs
-  eval, sample                         the table of every finished network; images of one"""
+  eval, sample                         the table of all networks; images of one"""
 SETTINGS = """
-name      of a teacher from elsewhere, by convert.py
-data      file of images, by convert.py
+name      teacher of convert.py
+data      images of convert.py
 mirror    show images mirrored, too
-n         pairs (own: 0 for the teacher's pairs)
-nfe       evaluations of a pair; 0: rk45
+n         pairs (own: 0, the teacher's)
+nfe       evaluations; 0: rk45
 student   size of the network
-anneal    share of the steps until beta is 0
-schedule  of beta: linear, cosine, exponential, hold
-guidance  weight of guidance; 0: naive student
+anneal    share of steps with beta > 0
+schedule  of beta: linear, hold, ...
+guidance  weight; 0: naive student
 distance  D: l2, huber, lpips
-steps     training steps
-batch     images of a step, pairs of a file
+steps     of training
+batch     images (pairs of a file)
 lr        learning rate of Adam
 warmup    steps until lr is reached
-decay     last share of the steps, where lr falls
-start     file, to begin with its weights
+decay     lr falls over this last share
+start     file, to begin with weights
 seed      of all random numbers"""
 
 class Parser(argparse.ArgumentParser):
@@ -1049,10 +1049,10 @@ class Parser(argparse.ArgumentParser):
 
 def settings_help(preset):
     """A row for each setting, a column for each stage, with the preset's values."""
-    lines = ["".join(f"{word:>9}" for word in ("", *STAGES))]
+    lines = ["".join(f"{word:>8}" for word in ("", *STAGES))]
     for name, words in (line.split(maxsplit=1) for line in SETTINGS.strip().splitlines()):
-        values = "".join(f"{str(preset[stage].get(name, ' ')) or '-':>9}" for stage in STAGES)
-        lines.append(f"{name:>9}{values}  {words}")
+        values = "".join(f"{str(preset[stage].get(name, ' ')) or '-':>8}" for stage in STAGES)
+        lines.append(f"{name:>8}{values}  {words}")
     return "\n".join(lines)
 
 def parse(argv):
@@ -1103,16 +1103,16 @@ def parse(argv):
 def run_all(run):
     """Every stage, then the table. The digits also show what each idea adds, at equal training cost."""
     make(run, "distill")
-    networks, compare = {"teacher": run.result("train")}, run.dataset == "digits"
     given, plain, naive = run.settings["distill"], copy.deepcopy(run), copy.deepcopy(run)
     plain.settings["reflow"]["anneal"] = 0.0
     naive.settings["distill"].update(guidance=0.0, steps=given["steps"] * 7 // 3)  # each 3 passes, not 7
-    if compare and run.settings["reflow"]["anneal"]:
-        networks["plain 2-flow"] = make(plain, "reflow")
-    networks["2-flow"] = run.result("reflow")
-    if compare and given["guidance"]:
+    student = "guided" if given["guidance"] else "naive"
+    networks = {"teacher": run.result("train"), student: run.result("distill")}
+    if run.dataset == "digits" and given["guidance"]:
         networks["naive"] = make(naive, "distill")
-    networks["guided" if given["guidance"] else "naive"] = run.result("distill")
+    networks["2-flow"] = run.result("reflow")
+    if run.dataset == "digits" and run.settings["reflow"]["anneal"]:
+        networks["plain 2-flow"] = make(plain, "reflow")
     if WORLD == 1:  # after torchrun, `slimflow.py eval` makes the table
         evaluate(run, networks)
 
