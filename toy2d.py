@@ -50,12 +50,12 @@ TARGETS = {"8gaussians": eight_gaussians, "moons": moons, "spiral": spiral, "che
 
 # ---- The flow and the stages -------------------------------------------------------------------------------
 class MLP(nn.Module):
-    """Velocity v(x, t) in the plane: x [B, 2], t [B] -> [B, 2]."""
-    def __init__(self, width):
+    """Velocity v(x, t) in the plane: x [B, 2], t [B] -> [B, 2]; or in more dimensions."""
+    def __init__(self, width, dim=2):
         super().__init__()
-        sizes = [2 + 8, width, width, width]
+        sizes = [dim + 8, width, width, width]
         layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(width, 2))
+        self.net = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def forward(self, x, t, y=None):
         angle = t[:, None] * math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])  # (B, 4)
