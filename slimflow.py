@@ -94,7 +94,7 @@ def guidance_loss(student, two_flow, noise, distance, y=None, t=None):
     r"""Mean of D(image, target) over fresh noise z [B, ...], as the authors run it; t [B] ~ U(0.2, 0.8).
 
         z -------- m -------- image  = z + s(z, T0)         the student's own straight line
-                    \-------- target = m + (1-t) v(m, t)    the frozen 2-flow turns off at m = z + t s(z, T0)
+                    \-------- target = m + (1-t) v(m, t)    the frozen 2-flow leaves it at m = z + t s(z, T0)
 
     So image - target = (1 - t) (s - v): along its line the student's velocity should be the 2-flow's. With l2
     the gradient is that of (1 - t) |s - v|^2 with v held fixed. t keeps away from both ends: near 1 the loss
@@ -200,14 +200,9 @@ def sample(flow, noise, y=None, nfe=1):
 
     nfe 1 is one Euler step, 0 is rk45, and any other number is adams with so many evaluations.
     """
-    if nfe == 1:
-        states = euler(flow, noise, y)
-    elif nfe == 0:
-        states = rk45(flow, noise, y)
-    else:
-        states = adams(flow, noise, y, nfe)
+    solver = {0: rk45, 1: euler}.get(nfe, partial(adams, nfe=nfe))
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # TF32 is too coarse
-        for _, x, evaluations in states:
+        for _, x, evaluations in solver(flow, noise, y):
             pass
     if not x.isfinite().all():
         raise Fault("the images are not finite; take other evaluations, or another network")
@@ -223,7 +218,7 @@ def conv(c_in, c_out, kernel):
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
 class Block(nn.Module):
-    """Residual block, after an optional 2x resampling, before an optional self-attention.
+    """Residual block, with an optional 2x resampling in it, and self-attention after it.
 
     DDPM++ adds the embedding of time and class to the features, and scales each sum by sqrt(1/2) to keep its
     variance. ADM lets the embedding scale and shift the normalised features; its heads have 64 channels.
@@ -237,11 +232,8 @@ class Block(nn.Module):
         self.norm0, self.conv0 = group_norm(c_in, kind), conv(c_in, c_out, 3)
         self.affine = nn.Linear(c_emb, 2 * c_out if adm else c_out)
         self.norm1, self.conv1 = group_norm(c_out, kind), conv(c_out, c_out, 3)
-        self.resample = nn.Identity()
-        if resample == "down":
-            self.resample = nn.AvgPool2d(2)
-        elif resample == "up":
-            self.resample = nn.Upsample(scale_factor=2.0)
+        resampling = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2.0)}
+        self.resample = resampling[resample]
         needs_skip = c_in != c_out or (resample and not adm)
         self.skip = conv(c_in, c_out, 1) if needs_skip else nn.Identity()
         if attention:
@@ -274,7 +266,7 @@ class UNet(nn.Module):
 
     Level i has half the resolution of the one before, channel_mult[i] * model_channels channels, num_blocks
     residual blocks (one more in the decoder), and self-attention if at attn_resolutions. label_dim is the
-    number of classes, or 0. Time t in [0, 1] enters its sinusoids as time_scale * t. Layers have EDM's names
+    number of classes, or 0. Time t enters its sinusoids as time_scale * t. Layers have EDM's names
     (but in_conv, out_norm, out_conv): `up`, `down`, `in` and `block`, which in the decoder takes a skip, too.
     """
     def __init__(self, resolution, channels, model_channels, channel_mult, num_blocks, attn_resolutions,
@@ -421,10 +413,10 @@ class Fault(Exception):
 def fit(net, loss_fn, steps, lr, warmup=0, decay=0.0, name="fit", seed=0, kept=None, keep=None):
     """Minimise loss_fn(net, step), a batch's mean: the averaged (EMA) network, frozen, and a log.
 
-    Adam, gradients clipped at norm 1; on a GPU in bfloat16 (ours). Every hundredth of the steps, but at most
-    500, a row (step, mean loss, mean gradient norm) is added to the log; Fault if it is not finite. Then, if
-    15 seconds have passed, and at the end, keep(ema, **state) is called. With kept=state the same call goes
-    on from there, on a CPU bit for bit as if it had never stopped.
+    Adam, gradients clipped at norm 1; on a GPU in bfloat16 (ours). A hundred times, but at least
+    every 500 steps, a row (step, mean loss, mean gradient norm) is added to the log; Fault if it is not
+    finite. Then, if 15 seconds have passed, and at the end, keep(ema, **state) is called. With kept=state
+    the same call goes on from there, on a CPU bit for bit as if it had never stopped.
     """
     device = next(net.parameters()).device
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -515,7 +507,7 @@ def load(path, recipe=None, mmap=True):
 
     Mapped, its tensors are read from the disk where they are used, and need no memory.
     """
-    with trying(f"read {path}", "it is damaged, or not a file of slimflow's"):
+    with trying(f"read {path}", "it is damaged, or no file of slimflow's"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         made_by = content["recipe"].items()
     if recipe and not made_by <= recipe.items():  # it may know fewer settings
@@ -543,8 +535,6 @@ def trying(what, otherwise=""):
 # ---- 5. Stages: each is a function of the run (Section 6) and its settings, and returns what to keep ------
 def train(run, stage, name, data, mirror, batch, start, **training):
     """The teacher: a rectified flow on independent noise z and data x."""
-    if name:  # of a teacher from elsewhere
-        raise Fault(f"there is no teacher {name} in {run.folder(stage)}; convert.py makes it from a file")
     stored = [load_images(run, data)]
 
     def loss(flow, step):
@@ -558,10 +548,9 @@ def train(run, stage, name, data, mirror, batch, start, **training):
     return fit_stage(run, stage, "teacher", loss, start, nfe=12, **training)
 
 def make_pairs(run, stage, n, nfe, batch, seed):
-    """Pairs (z, x): x is where a flow's ODE ends that starts in z. In `own` the flow is the 2-flow.
+    """Pairs (z, x): x is the end of a flow's ODE from z. In `own` the flow is the 2-flow.
 
-    Each batch is a file, with random numbers of its own. So the pairs are the same however often this was
-    interrupted, and by however many processes they are made.
+    Each batch is a file, with its own random numbers: pairs do not depend on interruptions or processes.
     """
     flow = load_flow(run.result("train" if stage == "pairs" else "reflow"), run.device)
     paths = run.chunks(stage)
@@ -569,7 +558,7 @@ def make_pairs(run, stage, n, nfe, batch, seed):
     report = progress(stage, len(todo))
     for done, i in enumerate(todo, 1):
         seed_all(seed, f"{stage}, pairs", i * batch)
-        noise = torch.randn(batch, *run.shape).half()
+        noise = torch.randn(batch, *run.shape).half()  # as it is kept
         y = torch.randint(max(1, run.classes), (batch,))
         x, evaluations = sample(flow, noise.to(run.device).float(), y.to(run.device), nfe)
         rows = min(batch, n - i * batch)  # of the last file
@@ -762,8 +751,7 @@ imagenet64 = ffhq64 | dict(  # steps, anneal and own are CIFAR-10's
 )
 PRESETS = dict(
     digits=digits, cifar10=cifar10, ffhq64=ffhq64, imagenet64=imagenet64, pictures=pictures,
-    pictures32=pictures | dict(networks=small_networks(32, channels=3)),
-    pictures64=pictures | dict(networks=small_networks(64, channels=3)),
+    **{f"pictures{size}": pictures | dict(networks=small_networks(size, channels=3)) for size in (32, 64)},
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = "data", "start"  # settings that name files
@@ -790,16 +778,21 @@ class Run:
             raise Fault("there is no stage own, since own-n is 0")
         return stages[: stages.index(stage) + 1]
 
+    def counting(self, stage):
+        """The settings of a stage; of a teacher from elsewhere only its name counts."""
+        settings = self.settings[stage]
+        return {"name": settings["name"]} if settings.get("name") else settings
+
     def recipe(self, stage):
         """The settings of a stage and of those before it, as {"train-steps": 1200, ...}."""
-        return {f"{name}-{key}": x for name in self.line(stage) for key, x in self.settings[name].items()}
+        return {f"{name}-{key}": x for name in self.line(stage) for key, x in self.counting(name).items()}
 
     def folder(self, stage):
         """The recipe as a path: a folder in a folder for each stage, named by what is not the preset's."""
         path = self.root
         for name in self.line(stage):
             words = [name]
-            for key, value in sorted(self.settings[name].items()):
+            for key, value in sorted(self.counting(name).items()):
                 if value == self.preset[name][key]:
                     continue
                 if key in PATHS:
@@ -833,6 +826,8 @@ def make(run, goal):
         dist.broadcast_object_list(plans)
     [plan] = plans
     refuse_forgotten(run, plan)
+    if "train" in plan and run.settings["train"]["name"]:
+        raise Fault(f"{run.folder('train')} has no teacher; convert.py makes it")
     if "distill" in plan and run.settings["distill"]["distance"] == "lpips":
         lpips_network(run.device)  # which may not be there
     for stage in plan:
@@ -881,7 +876,7 @@ def moments(batches):
 @torch.no_grad()
 def count_macs(net, shape):
     """Multiply-accumulates for one image (C, H, W), without the two products of attention."""
-    from torch.utils.flop_counter import FlopCounterMode  # here and below: imported late, for a quick start
+    from torch.utils.flop_counter import FlopCounterMode  # imported late, for a quick start
     with FlopCounterMode(display=False) as counter:
         velocity(net, torch.zeros(1, *shape, device=next(net.parameters()).device), 0.5)
     aten, flops = torch.ops.aten, counter.get_flop_counts()["Global"]
@@ -970,7 +965,7 @@ def evaluate(run, networks, n=None):
         table.append(("floor", "", "", "", f"{measure_floor(features(real), n):.2f}"))
     print_table(table)
     save_pictures(run.root / "summary.png", torch.cat(images), labels)
-    print(f"distances of {n:,} images (those of other numbers differ); see {run.root / 'summary.png'}")
+    print(f"distances of {n:,} images; pictures in {run.root / 'summary.png'}")
 
 def finished_networks(run):
     """Every finished network of the data set, {folder: path}."""
@@ -997,7 +992,7 @@ def save_pictures(path, images, labels=()):
         strip = torch.cat([*row], dim=2)  # (3, H, 8 W)
         axes.imshow(strip.permute(1, 2, 0).numpy(), origin="upper", interpolation="nearest")
         axes.set(frame_on=False, xticks=[], yticks=[])
-        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 def sample_images(run, ckpt=None, n=64, nfe=None, npz=None, label=None):
@@ -1125,7 +1120,7 @@ def main(argv=None):
             dist.init_process_group(timeout=timedelta(days=1))  # pairs may take long
             if RANK > 0:  # only the first prints
                 sys.stdout = None
-        command, run, given = parse(sys.argv[1:] if argv is None else argv)
+        command, run, given = parse(argv)
         if command in STAGES:
             make(run, command)
         elif command == "all":

@@ -676,7 +676,7 @@ train --n 5 | --n
 own | own-n
 train --train-data other.pt | other.pt
 pairs --train-name nobody | nobody
-train --train-name {"x" * 300} | too long
+train --out {"x" * 300} | too long
 train --train-start good.pt | good.pt
 sample | distill/result.pt
 sample --ckpt good.pt --n 2 --npz a_file/x.npz | a_file
@@ -746,7 +746,7 @@ def test_edms_networks_compute_what_edm_computes_and_teach(kind, ran, monkeypatc
     x, t = torch.from_numpy(x), torch.tensor([0.05, 0.95], dtype=torch.float64)
     assert close_to(teacher.net(x, 999 * t, y), norm, first) and not teacher.training
     assert y is None or (teacher(x, t, y) != teacher(x, t, 1 - y)).any()
-    assert made(ran("pairs --dataset pictures --train-name edm --pairs-n 4 --pairs-batch 4")) == ["pairs"]
+    assert made(ran("pairs --dataset pictures --train-name edm --seed 1 --pairs-n 4")) == ["pairs"]
     assert "there already" in refused("edm.pkl pictures edm", convert.main)
 
 def official_tensors(net):
