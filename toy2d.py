@@ -19,7 +19,7 @@ from torch import nn
 
 import slimflow as sf
 
-N_PAIRS, BATCH, FRAMES = 20_000, 512, 50  # frames of the movie
+N_PAIRS, BATCH, FRAMES = 20_000, 512, 80  # frames: of the movie, if it showed all steps
 TRAIN = dict(steps=4_000, lr=3e-3, warmup=50, decay=0.5)
 DISTILL = dict(steps=1_500, lr=1e-3, warmup=50, decay=0.5)
 
@@ -80,7 +80,7 @@ def train_all(draw, seed):
     def reflow_loss(flow, step):
         i = torch.randint(N_PAIRS, (BATCH,))
         beta = sf.anneal_beta(step, TRAIN["steps"] // 2)
-        if step % (TRAIN["steps"] // FRAMES) == 0:
+        if step % (TRAIN["steps"] // FRAMES) == 0 and step <= 0.6 * TRAIN["steps"]:
             movie.append((step, beta, copy.deepcopy(flow).requires_grad_(False)))
         return sf.rectified_flow_loss(flow, sf.annealed_noise(noise[i], beta), data[i])
 
@@ -132,7 +132,7 @@ def draw_summary(path, networks, pairs, noise, target):
     grid, lines = figure.subplots(2, 4), torch.stack([x[:50] for x in pairs])
     teacher, two_flow, _ = networks.values()
     above = [
-        ("1. random pairs: the lines cross", torch.stack([noise[:50], target[:50]])),
+        ("1. random pairs: the lines cross", torch.stack([lines[0], target[:50]])),
         (f"2. so the teacher's paths bend: {straightness(teacher, noise):.3f}", paths(teacher, lines[0])),
         ("3. its pairs: the lines hardly cross", lines),
         (f"4. so the 2-flow's are straight: {straightness(two_flow, noise):.3f}", paths(two_flow, lines[0])),
@@ -148,17 +148,18 @@ def draw_summary(path, networks, pairs, noise, target):
 
 def draw_movie(path, movie, pairs, target):
     """Reflow while it trains: its annealed pairs, the network's paths, and what it makes in one step."""
-    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    figure = Figure(figsize=(7.5, 2.9), layout="constrained")
     panels, (noise, data), fresh = figure.subplots(1, 3), pairs, torch.randn(50, 2)
 
     def show(k):
         step, beta, flow = movie[min(k, len(movie) - 1)]  # the last one stands still
         annealed = (1 - beta**2) ** 0.5 * noise[:50] + beta * fresh
         draw(panels[0], f"pairs, beta {beta:.2f}", target, states=torch.stack([annealed, data[:50]]))
+        panels[0].legend(loc="lower left", fontsize=7)
         draw(panels[1], f"paths after {step:,} steps", target, states=paths(flow, noise[:50]))
         draw(panels[2], "one step", target, sf.one_step(flow, noise[:1_000]))
 
-    FuncAnimation(figure, show, frames=len(movie) + 15).save(path, writer=PillowWriter(fps=8), dpi=60)
+    FuncAnimation(figure, show, frames=len(movie) + 15).save(path, writer=PillowWriter(fps=8), dpi=85)
 
 def main():
     """Train, measure, draw."""
