@@ -39,10 +39,9 @@ def icons_run(**settings):
         convert.convert_folder(Path("runs/icons"), DATA, size=16, by_class=False)
     return sf.Run("pictures", "runs/colour", "cpu", dict(train=dict(data=str(DATA))) | settings)
 
-# ---- Two networks of shift-tolerant LPIPS (2022), trained on photographs -----------------------------------
 @cache
 def trained(name):
-    """Layers and weights of a network of the package."""
+    """Layers and weights of a network of shift-tolerant LPIPS (2022), trained on photographs."""
     path = PACKAGES / f"stlpips_pytorch/weights/vST0.0/{name}_shift_tolerant.pth"
     w = torch.load(path, map_location="cpu", weights_only=True)
     return LAYERS[name].replace(" ", ""), w
@@ -72,16 +71,6 @@ def enlarged(x, factor):  # to 24 pixels for AlexNet, to 32 for VGG; both are ma
 def normalised(x):
     return x / (x.norm(dim=1, keepdim=True) + 1e-10)
 
-def perceptual(a, b):
-    """LPIPS by AlexNet, of each pair of pictures: [B, 3, H, W] -> [B]."""
-    layers, w = trained("alex")
-    total = 0.0
-    for k, pair in enumerate(zip(*(features(layers, w, enlarged(x, 1.5)) for x in (a, b)))):
-        f, g = map(normalised, pair)
-        channels = w[f"lin{k}.model.1.weight"]
-        total = total + F.conv2d((f - g).square(), channels).mean((1, 2, 3))
-    return total
-
 @torch.no_grad()
 def judged(images):
     """VGG's 10th and last features, each [N, 512], of uint8 pictures [N, 3, H, W]."""
@@ -96,7 +85,6 @@ def frechet(a, b):
     moments = [(*sf.moments([f]), *sf.moments([g])) for f, g in zip(a, b)]
     return [1000 * sf.frechet_distance(*four) for four in moments]
 
-# ---- A world, as those of experiments.py -------------------------------------------------------------------
 @cache
 def real():
     """The icons, and the judge's features of them."""

@@ -1,13 +1,11 @@
-"""The experiments behind notebooks 2, 3 and 6: annealing, guidance, and other one-step methods.
+"""The experiments behind notebooks 2 and 3: annealing and guidance.
 
 `python notebooks/experiments.py annealing|guidance plane|digits|icons` adds to CSV files beside this script
-the cases that are missing, by two processes of one thread; `methods plane` too. Each seed has its own teacher
-(the icons have one), pairs and networks; worlds.py and colour.py make them. What was expected of each case is
-in predictions.md.
+the cases that are missing, by two processes of one thread. Each seed has its own teacher (icons have one),
+pairs and networks; worlds.py and colour.py make them. What was expected of each case is in predictions.md.
 """
 
 import copy
-import json
 import sys
 from functools import cache, partial
 from multiprocessing import get_context
@@ -154,15 +152,6 @@ def guidance(world, pairs, ways):
     for how, network in networks.items():
         yield dict(pairs=pairs) | measured(world, network, how)
 
-def methods(world):
-    """One step of each method of notebook 6, by the notebook's own cells up to its results."""
-    names = dict(world=world)
-    for cell in json.loads((HERE / "6_where_targets_come_from.ipynb").read_bytes())["cells"]:
-        if cell["cell_type"] == "code" and "RESULTS" not in names:
-            exec("".join(cell["source"]).replace("experiments.Plane(0, SCALE)", "world"), names)
-    for name, distance in names["RESULTS"].items():
-        yield dict(method=name, distance=distance)
-
 ABC, DOSE = ("plain", "linear", "hold"), [start for start in STARTS if "hold at" in start or "fixed" in start]
 OTHERS = [start for start in STARTS if start not in (*ABC, *DOSE)]
 CASES = {  # by experiment and world: (seeds, arguments)
@@ -177,18 +166,14 @@ CASES = {  # by experiment and world: (seeds, arguments)
     ("guidance", "digits"): [(range(3), case) for case in ((512, "all"), (256, "main"), (1_500, "main"))],
     ("guidance", "plane"): [(range(5), (pairs, "main")) for pairs in (32, 256, 1_024, 6_000)],
     ("guidance", "icons"): [(range(3), (512, "two"))],
-    ("methods", "plane"): [(range(5), ())],
 }
 WORLDS = dict(plane=cache(Plane), digits=cache(Digits), icons=cache(Icons))
 
 def work(task):
     """The rows of one case, in a process of its own."""
-    experiment, world, seed, arguments = task
-    first = dict(seed=seed, case=named(arguments))
+    experiment, world, seed, name, arguments = task
+    first = dict(seed=seed, case=name)
     return [first | row for row in globals()[experiment](WORLDS[world](seed), *arguments)]
-
-def named(arguments):
-    return " ".join(map(str, arguments)) or "methods"
 
 def read(name, **case):
     """The rows of notebooks/<name>.csv that have these values, a structured array, seed by seed."""
@@ -206,13 +191,14 @@ if __name__ == "__main__":
     experiment, world = sys.argv[1:]
     path = HERE / f"{experiment}_{world}.csv"
     there = path.read_text() if path.exists() else ""
-    tasks = [(experiment, world, seed, case) for seeds, case in CASES[experiment, world] for seed in seeds
-             if f"\n{seed},{named(case)}," not in there]
+    tasks = []
+    for seeds, case in CASES[experiment, world]:
+        name = " ".join(map(str, case))
+        tasks += [(experiment, world, seed, name, case) for seed in seeds if f"\n{seed},{name}," not in there]
     with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool, open(path, "a") as file:
         for rows in pool.imap_unordered(work, tasks):
             if file.tell() == 0:
-                command, today = " ".join(sys.argv), np.datetime64("today")
-                print(f"# {command}, torch {torch.__version__}, {today}", file=file)
+                print(f"# {' '.join(sys.argv)}, torch {torch.__version__}, {np.datetime64('today')}", file=file)
                 print(*rows[0], sep=",", file=file)
             for row in rows:
                 cells = [f"{x:.4g}" if isinstance(x, float) else x for x in row.values()]

@@ -1,7 +1,4 @@
-"""The students' edition: `python notebooks/student.py FOLDER` copies the course there without its solutions.
-
-Blanks, checks and hints stay; pictures and numbers are left out, for the student to make.
-"""
+"""`python notebooks/student.py FOLDER` copies the course there for students, without its solutions."""
 
 import json
 import re
