@@ -198,7 +198,7 @@ if __name__ == "__main__":
     with get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool, open(path, "a") as file:
         for rows in pool.imap_unordered(work, tasks):
             if file.tell() == 0:
-                print(f"# {' '.join(sys.argv)}, torch {torch.__version__}, {np.datetime64('today')}", file=file)
+                print("#", *sys.argv, "torch", torch.__version__, np.datetime64("today"), file=file)
                 print(*rows[0], sep=",", file=file)
             for row in rows:
                 cells = [f"{x:.4g}" if isinstance(x, float) else x for x in row.values()]
