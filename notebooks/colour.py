@@ -1,6 +1,6 @@
 """Colour: 3,570 icons of 16x16 pixels, two trained networks that judge them, and a world for experiments.py.
 
-Notebook 5 and `python notebooks/experiments.py annealing icons` need two packages in this folder, 64 MB:
+Notebook 7 and `python notebooks/experiments.py annealing icons` need two packages in this folder, 64 MB:
 `pip install --no-deps --target runs/packages fugue-icons==3.5.6 stlpips-pytorch==0.0.2`
 """
 

@@ -1,4 +1,4 @@
-"""The experiments behind notebooks 2 and 3: annealing and guidance.
+"""The experiments behind notebooks 3 and 4: annealing and guidance.
 
 `python notebooks/experiments.py annealing|guidance plane|digits|icons` adds to CSV files beside this script
 the cases that are missing, by two processes of one thread. Each seed has its own teacher (icons have one),
