@@ -26,6 +26,7 @@ STARTS = {  # what differs from it
     **{f"hold at {b0}": HOLD | dict(b0=b0) for b0 in (0.97, 0.95, 0.9, 0.8, 0.5)},
     "hold with fixed noise": HOLD | dict(fixed_noise=True),
     "plain with hold's last steps": dict(length=5 / 8, warmup=0, decay=0.96),  # its rates after the drop
+    **{f"plain for {share}": dict(length=share) for share in (0.25, 0.5)},  # stopped early
     **{f"dropout {p}": dict(network=dict(dropout=p)) for p in (0.05, 0.15, 0.3)},
     **{f"weight decay {w}": dict(weight_decay=w) for w in (0.01, 0.1, 1.0)},
     **{f"hold for {share}": HOLD | dict(share=share) for share in (0.025, 0.1, 0.6, 0.75)},
