@@ -885,8 +885,8 @@ def test_notebook_and_its_solutions_run_and_its_outputs_are_its_own(path, tmp_pa
         printed = "".join(text for output in cell.get("outputs", ()) for text in output.get("text", ()))
         labels = re.findall(r'^print\(f?"([^{"]+)', source, re.MULTILINE)
         assert cell["cell_type"] != "code" or all(label in printed for label in labels)
-    assert names["SCALE"] == 0.002 and callable(names["answer"])
-    assert {*re.findall("<summary>([A-Z][a-z]+)", without_solutions(path.read_bytes()))} == {"Hint"}
+    left = {*re.findall("<summary>([A-Z][a-z]+)", without_solutions(path.read_bytes()))}
+    assert names["SCALE"] == 0.002 and left == ({"Hint"} if "answer" in names else set())
 
 def test_readmes_python_runs_and_its_links_lead_somewhere(finished):
     readme = (HERE / "README.md").read_text(encoding="utf-8")

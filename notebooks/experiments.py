@@ -22,7 +22,7 @@ PLAIN = dict(  # a 2-flow from random weights, without annealing; lengths are sh
     length=1, warmup=1 / 20, decay=0.6)
 HOLD = dict(schedule="hold", share=3 / 8)
 STARTS = {  # what differs from it
-    "plain": {}, "linear": dict(share=3 / 8), "hold": HOLD,
+    "plain": {}, "linear": dict(share=3 / 8), "linear for 0.75": dict(share=0.75), "hold": HOLD,
     **{f"hold at {b0}": HOLD | dict(b0=b0) for b0 in (0.97, 0.95, 0.9, 0.8, 0.5)},
     "hold with fixed noise": HOLD | dict(fixed_noise=True),
     "plain with hold's last steps": dict(length=5 / 8, warmup=0, decay=0.96),  # its rates after the drop
@@ -30,7 +30,6 @@ STARTS = {  # what differs from it
     **{f"dropout {p}": dict(network=dict(dropout=p)) for p in (0.05, 0.15, 0.3)},
     **{f"weight decay {w}": dict(weight_decay=w) for w in (0.01, 0.1, 1.0)},
     **{f"hold for {share}": HOLD | dict(share=share) for share in (0.025, 0.1, 0.6, 0.75)},
-    "linear for 0.75": dict(share=0.75),
 }
 STYLE = {  # a colour and a marker for each network, the same in all notebooks
     "teacher": ("#D55E00", "s"), "2-flow": ("#0072B2", "o"), "plain": ("#0072B2", "o"),
