@@ -120,8 +120,7 @@ def huber(a, b):
 
 def lpips(a, b):
     """Learned perceptual distance (VGG), at 64x64 as the authors do: a, b [B, C, H, W] -> [B]."""
-    a, b = (F.interpolate(x.float().expand(-1, 3, -1, -1), size=64, mode="bilinear", align_corners=True)
-            for x in (a, b))
+    a, b = (F.interpolate(x.float(), size=64, mode="bilinear", align_corners=True) for x in (a, b))
     with torch.autocast(a.device.type, enabled=False):
         return lpips_network(a.device.type)(a, b).flatten()
 
@@ -277,8 +276,6 @@ class UNet(nn.Module):
         adm = kind == "adm"
         c = model_channels
         c_emb = 4 * c
-        if c % (64 if adm else 4) or resolution % 2 ** (len(channel_mult) - 1):
-            raise ValueError(f"no {kind} has {c} times {channel_mult} channels at {resolution} pixels")
         block = partial(Block, c_emb=c_emb, kind=kind, dropout=dropout)
         sizes = [resolution >> level for level in range(len(channel_mult))]
         levels = [(f"{n}x{n}", n in attn_resolutions, c * mult) for n, mult in zip(sizes, channel_mult)]
@@ -413,10 +410,10 @@ class Fault(Exception):
 def fit(net, loss_fn, steps, lr, warmup=0, decay=0.0, name="fit", seed=0, kept=None, keep=None):
     """Minimise loss_fn(net, step), a batch's mean: the averaged (EMA) network, frozen, and a log.
 
-    Adam, gradients clipped at norm 1; on a GPU in bfloat16 (ours). A hundred times, but at least
-    every 500 steps, a row (step, mean loss, mean gradient norm) is added to the log; Fault if it is not
-    finite. Then, if 15 seconds have passed, and at the end, keep(ema, **state) is called. With kept=state
-    the same call goes on from there, on a CPU bit for bit as if it had never stopped.
+    Adam, gradients clipped at norm 1; on a GPU in bfloat16 (ours). A hundred times, but at least every 500
+    steps, a row (step, mean loss) is added to the log; Fault if it is not finite. Then, if 15 seconds have
+    passed, and at the end, keep(ema, **state) is called. With kept=state the same call goes on from there, on
+    a CPU bit for bit as if it had never stopped.
     """
     device = next(net.parameters()).device
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -430,7 +427,7 @@ def fit(net, loss_fn, steps, lr, warmup=0, decay=0.0, name="fit", seed=0, kept=N
     model = nn.parallel.DistributedDataParallel(net.train()) if WORLD > 1 else net.train()
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     every = max(1, min(500, steps // 100))
-    sums = torch.zeros(2, device=device)  # of loss and gradient norm, since the last row
+    total = torch.zeros((), device=device)  # of the losses since the last row
     report = progress(name, steps, logged)
     saved = time.monotonic()
 
@@ -440,30 +437,30 @@ def fit(net, loss_fn, steps, lr, warmup=0, decay=0.0, name="fit", seed=0, kept=N
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss = loss_fn(model, step)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rate = (1 + step) / (10 + step)  # the authors': averages about the last ninth
         with torch.no_grad():
             for average, p in zip(ema.parameters(), net.parameters()):
                 average.lerp_(p, 1 - rate)
-        sums += torch.stack([loss.detach(), norm])
+        total += loss.detach()
 
         done = step + 1
         if done % every and done < steps:
             continue
         if WORLD > 1:
-            dist.all_reduce(sums)
-        mean_loss, mean_norm = (sums / WORLD / (done - logged)).tolist()  # only here it waits for the device
-        if not math.isfinite(mean_loss + mean_norm):
-            raise Fault(f"{name}: loss or gradient not finite by step {done:,}; give a lower lr")
-        log.append((done, mean_loss, mean_norm))
-        sums.zero_()
+            dist.all_reduce(total)
+        mean = (total / WORLD / (done - logged)).item()  # only here it waits for the device
+        if not math.isfinite(mean):
+            raise Fault(f"{name}: the loss is not finite by step {done:,}; give a lower lr")
+        log.append((done, mean))
+        total.zero_()
         logged = done
-        report(done, f"loss {mean_loss:.4f}")
+        report(done, f"loss {mean:.4f}")
         if keep and RANK == 0 and (done == steps or time.monotonic() - saved > KEEP_EVERY):
-            states = dict(net=net.state_dict(), weights=ema.state_dict(), optimizer=optimizer.state_dict())
-            keep(ema, step=done, log=log, **states)
+            keep(ema, step=done, log=log,
+                 net=net.state_dict(), weights=ema.state_dict(), optimizer=optimizer.state_dict())
             saved = time.monotonic()
     return ema, log
 
@@ -526,23 +523,22 @@ def trying(what, otherwise=""):
     """Turn an error within into a Fault: 'cannot <what>: <the system's reason, or otherwise>'."""
     try:
         yield
+    except Fault:
+        raise
     except Exception as error:
-        if isinstance(error, Fault):
-            raise
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the system's
         raise Fault(f"cannot {what}: {getattr(cause, 'strerror', None) or otherwise or error}") from error
 
 # ---- 5. Stages: each is a function of the run (Section 6) and its settings, and returns what to keep ------
 def train(run, stage, name, data, mirror, batch, start, **training):
     """The teacher: a rectified flow on independent noise z and data x."""
-    stored = [load_images(run, data)]
+    stored, _ = load_halves(run)
 
     def loss(flow, step):
-        x, y = draw(run, batch, stored)
+        x, y = draw(run, batch, [stored])
         x = to_float(x)
         if mirror:  # each image by its own coin
-            coins = torch.rand(len(x), 1, 1, 1, device=x.device)
-            x = torch.where(coins < 0.5, x.flip(-1), x)
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
         return rectified_flow_loss(flow, torch.randn_like(x), x, y)
 
     return fit_stage(run, stage, "teacher", loss, start, nfe=12, **training)
@@ -558,15 +554,12 @@ def make_pairs(run, stage, n, nfe, batch, seed):
     report = progress(stage, len(todo))
     for done, i in enumerate(todo, 1):
         seed_all(seed, f"{stage}, pairs", i * batch)
-        noise = torch.randn(batch, *run.shape).half()  # as it is kept
-        y = torch.randint(max(1, run.classes), (batch,))
-        x, evaluations = sample(flow, noise.to(run.device).float(), y.to(run.device), nfe)
-        rows = min(batch, n - i * batch)  # of the last file
-        noise, data, y = noise[:rows].clone(), x[:rows].half().cpu(), y[:rows].clone()
-        save(paths[i], run.recipe(stage), noise=noise, data=data, y=y)
+        rows = min(batch, n - i * batch)  # fewer in the last file
+        noise = torch.randn(rows, *run.shape).half()  # as it is kept
+        y = torch.randint(max(1, run.classes), (rows,))
+        data, evaluations = sample(flow, noise.to(run.device).float(), y.to(run.device), nfe)
+        save(paths[i], run.recipe(stage), noise=noise, data=data.half().cpu(), y=y)
         report(done, f"files of {batch} pairs, {evaluations} evaluations each")
-        if i == 0:
-            save_pictures(run.folder(stage) / "samples.png", data[:64])
     return dict(n=n)
 
 def reflow(run, stage, student, anneal, schedule, mirror, steps, batch, start, **training):
@@ -618,8 +611,9 @@ def fit_stage(run, stage, size, loss, start, nfe, seed, **training):
         print(f"goes on from step {kept['step']:,} of {path}")
 
     def keep(ema, **state):
+        images, _ = sample(ema, noise, y, nfe)  # a Fault, if the network is ruined
         save(path, run.recipe(stage), network=run.networks[size], **state)
-        save_pictures(path.with_name("samples.png"), sample(ema, noise, y, nfe)[0])
+        save_pictures(path.with_name("samples.png"), images)
 
     ema, log = fit(net, loss, name=stage, seed=seed, kept=kept, keep=keep, **training)
     return dict(network=run.networks[size], weights=ema.state_dict(), log=log)
@@ -637,29 +631,35 @@ def load_digits():
     with np.load(Path(__file__).resolve().with_name("digits.npz")) as file:
         return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
 
-def load_cifar10():
-    """CIFAR-10's training images from its archive in data/, or from the network; they have one class, 0."""
-    needed = "torchvision that fits torch, and data/cifar-10-python.tar.gz or a network to download it by"
+def load_cifar10(size):
+    """CIFAR-10's training images, reduced to a size, and classes; the archive is in data/, or downloaded."""
+    needed = "it needs torchvision that fits torch, and data/cifar-10-python.tar.gz, or a way to download it"
     with trying("have CIFAR-10", needed):
         from torchvision.datasets import CIFAR10
-        images = torch.from_numpy(CIFAR10("data", download=True).data)  # (N, H, W, C)
-    return images.permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.int64)
+        archive = CIFAR10("data", download=True)
+    images = torch.from_numpy(archive.data).permute(0, 3, 1, 2)  # (N, C, 32, 32)
+    return F.adaptive_avg_pool2d(images.float(), size).round().byte(), torch.tensor(archive.targets)
 
-def load_images(run, data=""):
-    """Training images, uint8 [N, C, H, W], and classes, int64 [N].
-
-    They are in a file of convert.py, `data` or else data/<dataset>.pt; the digits and CIFAR-10 need none.
-    """
+def load_images(run):
+    """All images, uint8 [N, C, H, W], and classes, int64 [N]; most data sets need a file of convert.py."""
+    data = run.settings["train"]["data"]
     path = Path(data or f"data/{run.dataset}.pt")
     if run.dataset == "digits" and not data:
-        return [x[::2] for x in load_digits()]  # the others are only compared with
-    if run.dataset == "cifar10" and not path.exists():
-        return load_cifar10()
+        return load_digits()
+    if "cifar" in run.dataset and not data and not path.exists():
+        return load_cifar10(run.shape[-1])
     content = load(path)
     found = content.get("shape"), content.get("classes")
     if found != (run.shape, run.classes):
         raise Fault(f"{path} has (shape, classes) {found}, but {run.dataset} needs {run.shape, run.classes}")
     return content["images"], content["y"]
+
+def load_halves(run):
+    """Images and classes to train on, and to compare with: by Inception, FID's convention, all for both."""
+    columns = load_images(run)
+    if run.preset["classifier_steps"]:
+        return [x[::2] for x in columns], [x[1::2] for x in columns]
+    return columns, columns
 
 def load_pairs(run, stage):
     """The files of a stage's pairs, mapped: a list of (noise, data, y), float16 and int64."""
@@ -681,7 +681,7 @@ def draw(run, batch, files):
         drawn.append(x.float() if x.dtype == torch.float16 else x)
     return drawn
 
-def fixed_noise(run, n=64, seed=1234):
+def fixed_noise(run, n=100, seed=1234):
     """The same noise [n, C, H, W] every time, and classes for it, int64 [n]."""
     noise = torch.randn(n, *run.shape, generator=torch.Generator().manual_seed(seed)).to(run.device)
     return noise, torch.arange(n, device=run.device) % max(1, run.classes)
@@ -691,11 +691,11 @@ ADM = dict(kind="adm", resolution=64, channels=3, label_dim=1000, dropout=0.13, 
            channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(32, 16, 8))
 ADM_STUDENT = ADM | dict(model_channels=128, num_blocks=2, attn_resolutions=(32, 16))
 
-def small_networks(size, channels):
+def small_networks(size, channels=3, classes=0):
     """A teacher and a student for two CPU cores, for images of 8x8 to 64x64."""
     network = dict(
-        resolution=size, channels=channels, channel_mult=(1, 2) + (2,) * (size // 32), num_blocks=1,
-        attn_resolutions=(min(8, size // 2),),
+        resolution=size, channels=channels, label_dim=classes, num_blocks=1,
+        channel_mult=(1, 2) + (2,) * (size // 32), attn_resolutions=(min(8, size // 2),),
         time_scale=16.0)  # with 999 the velocity oscillates in t, and solvers take 3 times as long
     return {"teacher": network | dict(model_channels=32), "small": network | dict(model_channels=16)}
 
@@ -713,6 +713,7 @@ def ddpmpp_networks(size):
 
 digits = dict(  # all numbers are ours
     n=5_000, networks=small_networks(8, channels=1),  # n: images of the evaluation
+    classifier_steps=600,  # of the classifier that judges; 0: Inception does
     train=dict(name="", data="", mirror=False,
                steps=1_800, batch=64, lr=2e-3, warmup=100, decay=0.6, start="", seed=0),
     pairs=dict(n=512, nfe=12, batch=100, seed=0),
@@ -723,13 +724,18 @@ digits = dict(  # all numbers are ours
                  steps=800, batch=64, lr=2e-3, warmup=0, decay=0.6, start="", seed=0),
 )
 pictures = digits | dict(  # your own, by convert.py; all numbers are ours
-    n=2_000, networks=small_networks(16, channels=3),
+    n=2_000, classifier_steps=0, networks=small_networks(16),
     train=digits["train"] | dict(steps=4_000), pairs=dict(n=3_000, nfe=18, batch=100, seed=0),
     reflow=digits["reflow"] | dict(anneal=0.3, schedule="linear", steps=5_000),
     distill=digits["distill"] | dict(steps=1_000, lr=1e-3),
 )
+cifar16 = pictures | dict(  # CIFAR-10 at half its size; all numbers are ours
+    n=5_000, classifier_steps=3_000, networks=small_networks(16, classes=10),
+    train=pictures["train"] | dict(mirror=True, steps=7_000), pairs=pictures["pairs"] | dict(n=5_000),
+    reflow=digits["reflow"] | dict(mirror=True, steps=4_000),
+)
 cifar10 = dict(  # all numbers are the authors', but where another source is named
-    n=50_000, networks=ddpmpp_networks(32),  # n is FID's convention
+    n=50_000, classifier_steps=0, networks=ddpmpp_networks(32),  # n is FID's convention
     train=dict(name="", data="", mirror=True,  # the number of steps is ours
                steps=800_000, batch=128, lr=2e-4, warmup=5_000, decay=0.0, start="", seed=0),
     pairs=dict(n=50_000, nfe=0, batch=500, seed=0),  # with EDM's network 100,000; the batch is ours
@@ -750,8 +756,8 @@ imagenet64 = ffhq64 | dict(  # steps, anneal and own are CIFAR-10's
     pairs=dict(n=400_000, nfe=36, batch=200, seed=0), reflow=cifar10["reflow"] | dict(student="80.7M"),
 )
 PRESETS = dict(
-    digits=digits, cifar10=cifar10, ffhq64=ffhq64, imagenet64=imagenet64, pictures=pictures,
-    **{f"pictures{size}": pictures | dict(networks=small_networks(size, channels=3)) for size in (32, 64)},
+    digits=digits, cifar16=cifar16, cifar10=cifar10, ffhq64=ffhq64, imagenet64=imagenet64, pictures=pictures,
+    **{f"pictures{size}": pictures | dict(networks=small_networks(size)) for size in (32, 64)},
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = "data", "start"  # settings that name files
@@ -852,13 +858,11 @@ def refuse_forgotten(run, plan):
         folder = run.folder(stage)
         others = [path.parent.name for path in folder.parent.glob(f"{stage}-*/result.pt")]
         if others and folder.name == stage and not any(folder.glob("*.pt")):
-            raise Fault(f"{folder} is not there, but {', '.join(others)}: repeat their flags, or make it "
-                        f"first, by the command {stage}")
+            raise Fault(f"{folder} is not there, but {', '.join(others)}; repeat flags, or run {stage} first")
 
 # ---- 7. Evaluation: distances between sets of images, sizes, table, pictures -------------------------------
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); means [d], covariances [d, d], in float64."""
-    mu1, cov1, mu2, cov2 = (x.double().cpu() for x in (mu1, cov1, mu2, cov2))
     (a, u), (b, v) = torch.linalg.eigh(cov1), torch.linalg.eigh(cov2)
     A, B = u * a.clamp(min=0).sqrt(), v * b.clamp(min=0).sqrt()  # cov1 = A A^T, cov2 = B B^T
     # cov1 cov2 has the eigenvalues of (A^T B) (A^T B)^T, so their roots are the singular values of A^T B.
@@ -874,27 +878,28 @@ def moments(batches):
     return total / n, (squares - total.outer(total) / n) / (n - 1)
 
 @torch.no_grad()
-def count_macs(net, shape):
-    """Multiply-accumulates for one image (C, H, W), without the two products of attention."""
+def count_macs(net, x):
+    """Multiply-accumulates for an image x [1, C, H, W], without the two products of attention."""
     from torch.utils.flop_counter import FlopCounterMode  # imported late, for a quick start
     with FlopCounterMode(display=False) as counter:
-        velocity(net, torch.zeros(1, *shape, device=next(net.parameters()).device), 0.5)
+        velocity(net, x, 0.5)
     aten, flops = torch.ops.aten, counter.get_flop_counts()["Global"]
     return sum(flops.get(op, 0) for op in (aten.convolution, aten.addmm, aten.mm)) // 2
 
-def digit_features(run, images, y):
-    """A function uint8 [n, 1, 8, 8] -> [n, 64]: features of a classifier of these digits."""
+def train_classifier(run, images, y):
+    """A small classifier of images, uint8 [N, C, H, W], into ten classes y, int64 [N]."""
     seed_all(0, "classifier, weights", 0)
+    channels, size, _ = run.shape
     net = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)).to(run.device)
+        nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * size**2, 64), nn.ReLU(), nn.Linear(64, 10)).to(run.device)
 
     def loss(net, step):
         x, labels = draw(run, 128, [(images, y)])
         return F.cross_entropy(net(to_float(x) + 0.1 * torch.randn(x.shape, device=x.device)), labels)
 
-    trained, _ = fit(net, loss, steps=600, lr=1e-3, decay=0.3, name="classifier")
-    return lambda images: trained[:-2](to_float(images.to(run.device)))
+    return fit(net, loss, run.preset["classifier_steps"], lr=1e-3, decay=0.3, name="classifier")[0]
 
 def inception_features(device):
     """A function uint8 [n, 3, H, W] -> [n, 2048]: FID's Inception features, by torch-fidelity."""
@@ -906,8 +911,8 @@ def inception_features(device):
 @cache
 def lpips_network(device):
     """LPIPS with VGG, as the package `lpips` has it."""
-    place = f"or vgg16-397923af.pth in {torch.hub.get_dir()}/checkpoints"
-    with trying("have LPIPS", f"it needs `pip install lpips`, and a network for its weights ({place})"):
+    with trying("have LPIPS", "it needs `pip install lpips`, and a network for its weights (or "
+                f"vgg16-397923af.pth in {torch.hub.get_dir()}/checkpoints)"):
         from lpips import LPIPS
         return LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
 
@@ -927,27 +932,28 @@ def measure_floor(real, n):
 
 def features_and_images(run):
     """A function from images to features, the training images, and real images to compare with."""
-    if run.dataset == "digits":
-        images, y = load_digits()
-        return digit_features(run, images[::2], y[::2]), images[::2], images[1::2]
-    images, _ = load_images(run, run.settings["train"]["data"])
-    return inception_features(run.device), images, images
+    (seen, y), (real, _) = load_halves(run)
+    if not run.preset["classifier_steps"]:
+        return inception_features(run.device), seen, real
+    classifier = train_classifier(run, seen, y)
+    return lambda images: classifier[:-2](to_float(images.to(run.device))), seen, real
 
 def evaluate(run, networks, n=None):
     """Print a table of networks {name: path}, and draw summary.png: the same noise through each."""
-    n, metric = n or run.preset["n"], "Frechet" if run.dataset == "digits" else "FID"
+    n, metric = n or run.preset["n"], "Frechet" if run.preset["classifier_steps"] else "FID"
     try:
         features, seen, real = features_and_images(run)
-        target = moments(map(features, real.split(AT_ONCE)))
+        known = torch.cat([features(x) for x in real.split(AT_ONCE)])  # (N, d)
+        target = moments(known.split(AT_ONCE))
     except Fault as fault:
         features = None
         print(f"the table has no {metric}: {fault}")
     table, images = [("row", "parameters", "MACs", "evaluations", metric)], []
-    few, many = fixed_noise(run, 8), fixed_noise(run, n, seed=4321)
+    few, many = fixed_noise(run, 10), fixed_noise(run, n, seed=4321)
     for name, path in networks.items():
         flow = load_flow(path, run.device)
         parameters = f"{sum(p.numel() for p in flow.parameters()):,}"
-        macs = f"{count_macs(flow, run.shape) / 1e6:,.1f}M"
+        macs = f"{count_macs(flow, few[0][:1]) / 1e6:,.1f}M"
         teacher = path.parent.name.startswith("train")
         for nfe in (1, run.settings["pairs"]["nfe"]) if teacher else (1,):
             x, evaluations = sample(flow, *few, nfe)
@@ -959,17 +965,17 @@ def evaluate(run, networks, n=None):
             table.append((row, parameters, macs, evaluations, value))
             images.append(x)
     labels = [f"{row}\n{metric} {value}" for row, *_, value in table[1:]]
-    if run.dataset == "digits":  # what a perfect memoriser and a perfect generator would have
-        copies = moments([features(seen[torch.randint(len(seen), (n,))])])
+    if features and metric == "Frechet":  # what a perfect memoriser and a perfect generator would have
+        copies = moments(map(features, seen[torch.randint(len(seen), (n,))].split(AT_ONCE)))
         table.append(("copies", "", "", "", f"{frechet_distance(*copies, *target):.2f}"))
-        table.append(("floor", "", "", "", f"{measure_floor(features(real), n):.2f}"))
+        table.append(("floor", "", "", "", f"{measure_floor(known, n):.2f}"))
     print_table(table)
     save_pictures(run.root / "summary.png", torch.cat(images), labels)
     print(f"distances of {n:,} images; pictures in {run.root / 'summary.png'}")
 
 def finished_networks(run):
     """Every finished network of the data set, {folder: path}."""
-    paths = sorted(run.root.rglob("result.pt"), key=lambda path: (len(path.parts), str(path)))
+    paths = sorted(run.root.rglob("result.pt"), reverse=True)  # each before those that are made from it
     found = {str(path.parent.relative_to(run.root)): path for path in paths if "network" in load(path)}
     if not found:
         raise Fault(f"{run.root} holds no network; train {run.dataset} first, or name its --out")
@@ -982,20 +988,19 @@ def print_table(rows):
         print(f"{first:<{width}}", "".join(f"{cell:>13}" for cell in rest))
 
 def save_pictures(path, images, labels=()):
-    """A PNG of images [N, C, H, W] in [-1, 1], eight in a row, with a label beside each row."""
+    """A PNG of images [N, C, H, W] in [-1, 1], ten in a row, with a label beside each row."""
     from matplotlib.figure import Figure
-    x = F.pad(to_uint8(images.float().cpu()), (1, 1, 1, 1), value=255)  # a white frame
-    rows = x.expand(-1, 3, -1, -1).split(8)
-    figure = Figure(figsize=(8, len(rows)))
-    panels = figure.subplots(len(rows), squeeze=False, gridspec_kw=dict(hspace=0))
-    for axes, row, label in itertools.zip_longest(panels.flat, rows, labels):
-        strip = torch.cat([*row], dim=2)  # (3, H, 8 W)
-        axes.imshow(strip.permute(1, 2, 0).numpy(), origin="upper", interpolation="nearest")
-        axes.set(frame_on=False, xticks=[], yticks=[])
-        axes.set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    x = to_uint8(images.float().cpu()).expand(-1, 3, -1, -1)
+    x = F.pad(x, (1, 1, 1, 1, 0, 0, 0, -len(x) % 10), value=255)  # white frames, and a whole last row
+    rows = x.unflatten(0, (-1, 10)).permute(0, 3, 1, 4, 2)  # (rows, H, 10, W, 3)
+    figure = Figure(figsize=(10, len(rows)))
+    axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
+    axes.imshow(rows.flatten(2, 3).flatten(0, 1).numpy(), origin="upper", interpolation="nearest")
+    for i, label in enumerate(labels):
+        axes.text(-1, (i + 0.5) * x.shape[2], label, ha="right", va="center")
+    figure.savefig(path, dpi=132, bbox_inches="tight")  # so a pixel of 64x64 has 2
 
-def sample_images(run, ckpt=None, n=64, nfe=None, npz=None, label=None):
+def sample_images(run, ckpt=None, n=100, nfe=None, npz=None, label=None):
     """n images of the student, which makes one step, or of a file's network, by rk45 or nfe evaluations."""
     path = ckpt or run.result("distill")
     content, flow = load(path), load_flow(path, run.device)
@@ -1010,8 +1015,8 @@ def sample_images(run, ckpt=None, n=64, nfe=None, npz=None, label=None):
     images = torch.cat([x.cpu() for x in generate(flow, noise, y.to(run.device), nfe)])
     if npz:
         np.savez(npz, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=y.numpy())
-    save_pictures("samples.png", to_float(images[:64]))
-    print(f"{n} images of {path}, {nfe or 'rk45'} evaluations each; up to 64 in samples.png")
+    save_pictures("samples.png", to_float(images[:100]))
+    print(f"{n} images of {path}, {nfe or 'rk45'} evaluations each; up to 100 in samples.png")
 
 # ---- 8. Command line ---------------------------------------------------------------------------------------
 COMMANDS = """commands:
@@ -1062,7 +1067,7 @@ def parse(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("command", nargs="?", choices=["all", *STAGES, "eval", "sample"], default="all", metavar="command")
-    add("--dataset", choices=PRESETS, default=dataset, metavar="NAME", help=", ".join(PRESETS))
+    add("--dataset", default=dataset, metavar="NAME", help=", ".join(PRESETS))
     add("--out", default="runs", help="folder of the results [runs]")
     add("--seed", type=int, help="of every stage, and of the noise of sample [0]")
     add("--n", type=int, help="eval, sample: number of images")
@@ -1096,17 +1101,17 @@ def parse(argv):
     return command, run, given
 
 def run_all(run):
-    """Every stage, then the table. The digits also show what each idea adds, at equal training cost."""
+    """Every stage, then the table; where a classifier judges also rivals, which show what each idea adds."""
     make(run, "distill")
     given, plain, naive = run.settings["distill"], copy.deepcopy(run), copy.deepcopy(run)
     plain.settings["reflow"]["anneal"] = 0.0
     naive.settings["distill"].update(guidance=0.0, steps=given["steps"] * 7 // 3)  # each 3 passes, not 7
     student = "guided" if given["guidance"] else "naive"
     networks = {"teacher": run.result("train"), student: run.result("distill")}
-    if run.dataset == "digits" and given["guidance"]:
+    if run.preset["classifier_steps"] and given["guidance"]:
         networks["naive"] = make(naive, "distill")
     networks["2-flow"] = run.result("reflow")
-    if run.dataset == "digits" and run.settings["reflow"]["anneal"]:
+    if run.preset["classifier_steps"] and run.settings["reflow"]["anneal"]:
         networks["plain 2-flow"] = make(plain, "reflow")
     if WORLD == 1:  # after torchrun, `slimflow.py eval` makes the table
         evaluate(run, networks)

@@ -44,7 +44,7 @@ TINY = sf.digits | dict(
 
 def tiny_preset(**network):
     """The tiny preset with another network."""
-    return TINY | dict(networks=dict.fromkeys(("teacher", "small"), network))
+    return TINY | dict(classifier_steps=0, networks=dict.fromkeys(("teacher", "small"), network))
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
@@ -280,12 +280,8 @@ def test_networks_have_the_published_sizes(config, parameters, macs):
     with torch.device("meta"):
         net = sf.UNet(**config)
     assert sum(p.numel() for p in net.parameters()) == parameters
-    assert macs in (None, sf.count_macs(net, (3, config["resolution"], config["resolution"])))
-
-@pytest.mark.parametrize("config", [dict(resolution=18), dict(model_channels=30), dict(kind="adm")])
-def test_networks_that_cannot_be_are_refused(config):
-    with pytest.raises(ValueError, match="channels"):
-        sf.UNet(**SMALL | dict(model_channels=32, channel_mult=(1, 2, 2)) | config)
+    image = torch.zeros(1, 3, config["resolution"], config["resolution"], device="meta")
+    assert macs in (None, sf.count_macs(net, image))
 
 def test_edm_as_a_flow_is_its_denoiser():
     """v(x, t) = E[data - noise | x_t], where data + sigma noise = x_t / t; finite at both ends."""
@@ -328,8 +324,8 @@ def test_learning_rate_clipping_average_and_log_follow_their_rules():
     for step, value in enumerate(values[1:]):
         expected += 9 / (10 + step) * (value - expected)
     assert average.weight.item() == pytest.approx(expected, rel=1e-4) and not average.weight.requires_grad
-    steps, means, norms = zip(*log)
-    assert steps == tuple(range(2, 251, 2)) and norms == pytest.approx([5.5] * 125)
+    steps, means = zip(*log)
+    assert steps == tuple(range(2, 251, 2))
     assert means == pytest.approx(np.reshape(seen, (-1, 2)) @ [0.5, 5.0], rel=1e-3, abs=1e-4)
 
 def test_numbers_that_are_not_finite_stop_a_training_and_are_not_kept(monkeypatch):
@@ -356,11 +352,13 @@ def test_digits_are_the_real_ones_and_pixels_survive_the_way_to_floats_and_back(
     assert x[[0, -1]].tolist() == [-1, 1] and sf.to_uint8(x).tolist() == [*range(256)]
     assert sf.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
-def test_cifar10_comes_by_torchvision(monkeypatch):
-    x = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8).numpy()
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", mock.Mock(**{"CIFAR10.return_value.data": x}))
-    images, y = sf.load_images(sf.Run("cifar10"))
-    assert y.tolist() == [0] * 5 and (images.numpy() == x.transpose(0, 3, 1, 2)).all()
+@pytest.mark.parametrize("dataset, factor", [("cifar10", 1), ("cifar16", 2)])
+def test_cifar10_comes_by_torchvision_whole_or_at_half_its_size(dataset, factor, tiny, monkeypatch):
+    x = torch.randint(256, (5, 32 // factor, 32 // factor, 3), dtype=torch.uint8).numpy()
+    archive = mock.Mock(data=x.repeat(factor, axis=1).repeat(factor, axis=2), targets=[3, 1, 4, 1, 5])
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", mock.Mock(CIFAR10=lambda *args, **kw: archive))
+    images, y = sf.load_images(sf.Run(dataset))
+    assert y.tolist() == archive.targets and (images.numpy() == x.transpose(0, 3, 1, 2)).all()
 
 def test_rows_are_drawn_from_all_files_alike_and_stay_together(tiny, monkeypatch):
     rows = torch.arange(25)
@@ -418,7 +416,7 @@ def test_distill_starts_from_the_2_flow_which_guides_it_on_fresh_noise_by_a_weig
         result = sf.load(run.result("distill"))
         assert forward.call_count == 12 * calls + 1 and flat(result["weights"]) == flow
         losses.append(result["log"][0][1])
-    assert losses[1] > losses[0] and losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]))
+    assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-4)
     for _, noise, data, D, _ in passed(tiny(distill=dict(steps=5)), "distill", "distillation_loss"):
         assert torch.equal(data, x[place(noise, z)].float()) and D is sf.huber
     for _, guide, noise, D, _ in passed(tiny(distill=dict(steps=6)), "distill", "guidance_loss"):
@@ -426,7 +424,7 @@ def test_distill_starts_from_the_2_flow_which_guides_it_on_fresh_noise_by_a_weig
 
 @pytest.mark.parametrize("dataset, stage", [("digits", "pairs"), ("pictures", "pairs"), ("digits", "own")])
 def test_pairs_are_a_flows_own_and_distill_takes_them(dataset, stage, tiny, monkeypatch):
-    monkeypatch.setattr(sf, "load_images", lambda run, data: sf.load_digits())
+    monkeypatch.setattr(sf, "load_images", lambda run: sf.load_digits())
     run = tiny(dataset, own=dict(n=25 if stage == "own" else 0), pairs=dict(n=96))
     batches = passed(run, "distill", "distillation_loss")
     flow, (noise, data, y) = sf.load_flow(run.folder(stage).parent / "result.pt"), pairs_of(run, stage)
@@ -558,13 +556,15 @@ def test_frechet_distance_is_the_recorded_one_and_the_closed_form_of_singular_co
     assert sf.frechet_distance(mu1, a @ a.T, mu2, b @ b.T) == pytest.approx(expected.item(), rel=1e-6)
     assert abs(sf.frechet_distance(mu1, a @ a.T, mu1, a @ a.T)) < 1e-6 * traces
 
-def test_the_digits_that_are_compared_with_train_nothing():
+def test_the_digits_that_are_compared_with_train_nothing(tiny):
     images, y = sf.load_digits()  # of which every second one is compared with
-    with mock.patch.object(sf, "digit_features", return_value=lambda x: x[:, 0, 3, 1:7].double()) as trained:
-        features, seen, real = sf.features_and_images(sf.Run())
-    for training in (sf.load_images(sf.Run()), trained.call_args.args[1:]):
-        assert torch.equal(training[0], seen) and torch.equal(training[1], y[::2])
+    with mock.patch.object(sf, "draw", side_effect=sf.draw) as drawn:
+        _, seen, real = sf.features_and_images(tiny())
+        sf.make(tiny(), "train")
+    for _, _, [stored] in (call.args for call in drawn.call_args_list):
+        assert torch.equal(stored[0], seen) and torch.equal(stored[1], y[::2])
     assert torch.equal(seen, images[::2]) and torch.equal(real, images[1::2])
+    features = lambda x: x[:, 0, 3, 1:7].double()  # noqa: E731
     same = torch.distributions.MultivariateNormal(*sf.moments([features(real)]))
     drawn = [[m for n in (5_000, 898) for m in sf.moments([same.sample((n,))])] for _ in range(30)]
     perfect = np.mean([sf.frechet_distance(*moments) for moments in drawn])
@@ -620,7 +620,7 @@ def test_the_default_run_ends_in_a_table_and_a_picture(ran):
     naive = Path("runs/digits/train/pairs/reflow/distill-guidance=0.0-steps=28")
     assert (naive / "result.pt").exists()  # 12 steps of 7 passes cost 28 steps of 3
     pictures, left = [*Path("runs").rglob("*.png")], [*Path().rglob("*.tmp"), *Path().rglob("partial.pt")]
-    assert len(pictures) == 7 and not left  # of five trainings, of the pairs, and the table's
+    assert len(pictures) == 6 and not left  # of five trainings, and the table's
 
 @pytest.mark.parametrize("stdout", [None, io.StringIO(), io.TextIOWrapper(io.BytesIO(), "cp1252")])
 def test_slimflow_is_a_command_also_by_a_link_into_any_output(stdout, tmp_path, monkeypatch):
@@ -871,10 +871,10 @@ def test_results_of_experiments_are_whole(path):
 def test_notebook_and_its_solutions_run_and_its_outputs_are_its_own(path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.getbasetemp())  # of all of them, so that they share a teacher
     monkeypatch.setitem(sys.modules, "IPython.display", mock.Mock())
-    names, exercise = {}, ""
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        code = [source] if cell["cell_type"] == "code" else re.findall(r"(?s)```python\n(.*?)```", source)
+    names, exercise, edition = {}, "", without_solutions(path.read_bytes())
+    for cell, for_students in zip(*(json.loads(text)["cells"] for text in (path.read_bytes(), edition))):
+        source, given = ("".join(x["source"]) for x in (cell, for_students))
+        code = [given] if cell["cell_type"] == "code" else re.findall(r"(?s)```python\n(.*?)```", source)
         if exercise:  # the cell before; it now checks the solution's answer
             code.append(exercise.replace("answer = None", "assert answer"))
         exercise = source if "answer = None  # yours" in source else ""
@@ -885,8 +885,8 @@ def test_notebook_and_its_solutions_run_and_its_outputs_are_its_own(path, tmp_pa
         printed = "".join(text for output in cell.get("outputs", ()) for text in output.get("text", ()))
         labels = re.findall(r'^print\(f?"([^{"]+)', source, re.MULTILINE)
         assert cell["cell_type"] != "code" or all(label in printed for label in labels)
-    left = {*re.findall("<summary>([A-Z][a-z]+)", without_solutions(path.read_bytes()))}
-    assert names["SCALE"] == 0.002 and left == ({"Hint"} if "answer" in names else set())
+    left = {*re.findall("<summary>([A-Z][a-z]+)", edition)}
+    assert names["SCALE"] == 0.002 and left == (set() if "appendix" in path.stem else {"Hint"})
 
 def test_readmes_python_runs_and_its_links_lead_somewhere(finished):
     readme = (HERE / "README.md").read_text(encoding="utf-8")

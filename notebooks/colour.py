@@ -88,7 +88,7 @@ def frechet(a, b):
 @cache
 def real():
     """The icons, and the judge's features of them."""
-    images, _ = sf.load_images(icons_run(), DATA)
+    images, _ = sf.load_images(icons_run())
     return images, judged(images)
 
 class Icons:

@@ -14,9 +14,10 @@ def without_solutions(notebook):
     for cell in content["cells"]:
         source = "".join(cell["source"])
         source = re.sub(r"(?s)<details><summary>Solution</summary>.*?</details>\s*", "", source)
+        source = re.sub(r"(?s)^# A solution.*?def (\w+)\(.*", r"assert answer\n\1 = answer", source)
         cell["source"] = source.splitlines(keepends=True)
         if cell["cell_type"] == "code":
-            cell.update(outputs=[], execution_count=None)
+            cell.update(outputs=[], execution_count=None, metadata={})
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 if __name__ == "__main__":
